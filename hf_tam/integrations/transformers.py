@@ -1,0 +1,259 @@
+"""Makes `--optim adamw`, `adatam` and `tam` known to transformers, and gives its Trainer what these optimizers need.
+
+transformers has no public hook for optimizer names. What is relied on: the enum `OptimizerNames`, the private table
+`_OPTIMIZER_HANDLERS`, and the methods of TrainingArguments and Trainer that are named below; each is checked first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
+from hf_tam.integrations.deepspeed import refuse_optimizer_swap
+from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
+from hf_tam.integrations.trainer_checkpoint import require_resumable, write_checksums
+
+OPTIMIZERS = {"adamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
+TESTED_RANGE = ">=5.2,<6"
+
+logger = logging.getLogger("hf_tam")
+
+# What happened in this process: the names that are ours here, and what was patched, for `hf-tam status`.
+registered_names: list[str] = []
+patched: list[str] = []
+
+
+def register(module: ModuleType) -> None:
+    """Patch one freshly imported module of transformers.
+
+    Args:
+        module: `transformers.training_args`, `transformers.trainer_optimizer` or `transformers.trainer`.
+
+    Raises:
+        ImportError: If it lacks a name that is relied on; says which, and the range of versions that was tested.
+    """
+    _STEPS[module.__name__](module)
+
+
+def optimizer_class_and_kwargs(args: Any) -> tuple[type, dict[str, Any]]:
+    """Translate training arguments into one of our classes and what its constructor takes, as a Trainer needs them.
+
+    Args:
+        args: TrainingArguments whose `optim` is one of ours. `optim_args` win over `adam_beta1`, `adam_beta2` and
+            `adam_epsilon`; TAM takes its `momentum` from `optim_args` only, as transformers' own "sgd" does.
+
+    Raises:
+        ValueError: If `optim_args` is malformed.
+    """
+    from hf_tam import optim
+
+    values: dict[str, Any] = dict(parse_optim_args(args.optim, args.optim_args))
+    kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optim != "tam":
+        betas = (values.pop("beta1", args.adam_beta1), values.pop("beta2", args.adam_beta2))
+        kwargs |= {"betas": betas, "eps": args.adam_epsilon}
+    return getattr(optim, OPTIMIZERS[args.optim]), kwargs | values
+
+
+def check_arguments(args: Any) -> None:
+    """Check everything that can be checked about one of our optimizers before a model is loaded; pass over the others.
+
+    Changes `args.optim` to a plain string, so that a pickle of the arguments loads where hf_tam is not installed, and
+    writes `args.optim_args` as transformers' own parser accepts them.
+
+    Raises:
+        ValueError: If `optim_args`, or a value that the optimizer takes from the arguments, is not acceptable, or if
+            DeepSpeed would replace the optimizer.
+    """
+    if args.optim not in registered_names:
+        return
+    args.optim = str.__str__(args.optim)
+    args.optim_args = format_optim_args(parse_optim_args(args.optim, args.optim_args))
+    _try_constructor(args)
+    refuse_optimizer_swap(args)
+
+
+def _try_constructor(args: Any) -> None:
+    import torch
+
+    optimizer_class, kwargs = optimizer_class_and_kwargs(args)
+    for depends_on_device in ("foreach", "fused", "capturable"):
+        kwargs.pop(depends_on_device, None)
+    try:
+        optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+    except (TypeError, ValueError) as error:
+        given = f" with optim_args {args.optim_args!r}" if args.optim_args else ""
+        raise ValueError(f"--optim {args.optim}{given} cannot be used: {error}") from error
+
+
+def _extend_training_arguments(module: ModuleType) -> None:
+    _require(module, "OptimizerNames", "TrainingArguments")
+    _require(module.TrainingArguments, "__post_init__", "set_optimizer")
+    if importlib.util.find_spec("transformers.trainer_optimizer") is None:
+        raise _unsupported("transformers.trainer_optimizer")
+    taken = {member.value for member in module.OptimizerNames}
+    for name in OPTIMIZERS:
+        if name in taken:
+            _defer(name)
+        else:
+            _add_member(module.OptimizerNames, name)
+            registered_names.append(name)
+    patched.append("OptimizerNames")
+    for method in ("__post_init__", "set_optimizer"):
+        _wrap(module.TrainingArguments, method, after=lambda args: check_arguments(args))
+
+
+def _add_member(names: Any, value: str) -> None:
+    """Add a member to a closed enum of strings: HfArgumentParser takes its choices by iterating over it."""
+    member = str.__new__(names, value)
+    member._name_, member._value_ = value.upper(), value
+    member.__objclass__ = names
+    member._sort_order_ = len(names._member_names_)
+    # The pickle of the member itself must be plain too, for arguments that were changed after their creation.
+    member.__reduce_ex__ = lambda protocol: (str, (value,))
+    names._member_names_.append(member._name_)
+    names._member_map_[member._name_] = member
+    names._value2member_map_[value] = member
+    vars(names).get("_hashable_values_", []).append(value)  # Python >= 3.12
+    type.__setattr__(names, member._name_, member)
+
+
+def _add_handlers(module: ModuleType) -> None:
+    _require(module, "_OPTIMIZER_HANDLERS")
+    for name in list(registered_names):
+        if name in module._OPTIMIZER_HANDLERS:
+            registered_names.remove(name)
+            _defer(name)
+        else:
+            module._OPTIMIZER_HANDLERS[name] = _handle
+    patched.append("_OPTIMIZER_HANDLERS")
+
+
+def _handle(context: Any) -> tuple[type, dict[str, Any]]:
+    return optimizer_class_and_kwargs(context.args)
+
+
+def _patch_trainer(module: ModuleType) -> None:
+    trainer = module.Trainer
+    _require(trainer, "create_optimizer", "get_optimizer_cls_and_kwargs", "train", "_save_optimizer_and_scheduler")
+    select = trainer.get_optimizer_cls_and_kwargs
+
+    @functools.wraps(select)
+    def select_checked(args: Any, model: Any = None) -> Any:
+        # Arguments may have been changed since they were checked, by a hyperparameter search for one.
+        check_arguments(args)
+        return select(args, model)
+
+    trainer.get_optimizer_cls_and_kwargs = staticmethod(select_checked)
+    patched.append("Trainer.get_optimizer_cls_and_kwargs")
+    _wrap(trainer, "create_optimizer", after=_attach)
+    _wrap(trainer, "train", before=_check_resume)
+    _wrap(trainer, "_save_optimizer_and_scheduler", after=_save_checksums)
+    _announce()
+
+
+def _uses_ours(trainer: Any) -> bool:
+    from hf_tam.torque_aware import TorqueAware
+
+    if trainer.optimizer is not None:
+        # accelerate wraps it: AcceleratedOptimizer.optimizer
+        return isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), TorqueAware)
+    if trainer.optimizer_cls_and_kwargs is not None:
+        optimizer_class = trainer.optimizer_cls_and_kwargs[0]
+        return isinstance(optimizer_class, type) and issubclass(optimizer_class, TorqueAware)
+    return trainer.args.optim in registered_names
+
+
+def _attach(trainer: Any, model: Any = None) -> None:
+    if _uses_ours(trainer):
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        optimizer.attach(trainer.model if model is None else model)
+
+
+def _check_resume(trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> None:
+    if not resume_from_checkpoint or not _uses_ours(trainer):
+        return
+    from transformers.trainer_utils import get_last_checkpoint
+
+    args = trainer.args
+    checkpoint = get_last_checkpoint(args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    if checkpoint is not None:  # otherwise the Trainer says that there is none
+        sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        require_resumable(checkpoint, sharded=sharded, weights_only_wanted=args.save_only_model)
+
+
+def _save_checksums(trainer: Any, output_dir: str) -> None:
+    if trainer.args.should_save and _uses_ours(trainer):
+        write_checksums(output_dir)
+
+
+def _wrap(
+    owner: type, method: str, *, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    original = getattr(owner, method)
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if after is not None:
+            after(self, *args, **kwargs)
+        return result
+
+    setattr(owner, method, wrapped)
+    patched.append(f"{owner.__name__}.{method}")
+
+
+def _require(owner: Any, *names: str) -> None:
+    for name in names:
+        if not hasattr(owner, name):
+            raise _unsupported(f"{owner.__name__}.{name}")
+
+
+def _unsupported(missing: str) -> ImportError:
+    return ImportError(
+        f"hf_tam cannot register its optimizers: transformers {version('transformers')} has no {missing}. "
+        f"It was tested with transformers{TESTED_RANGE}: install one of those, or switch hf_tam off "
+        "(no `import hf_tam`; HF_TAM_AUTOLOAD=0 where `hf-tam activate` was run)."
+    )
+
+
+def _defer(name: str) -> None:
+    logger.warning(
+        "--optim %s is already known to transformers %s, or to another plugin: hf_tam leaves it alone. "
+        "Pass optimizer_cls_and_kwargs=(hf_tam.%s, {...}) to the Trainer to use hf_tam's.",
+        name,
+        version("transformers"),
+        OPTIMIZERS[name],
+    )
+
+
+def _announce() -> None:
+    """Say once, on the first rank, what was registered; visibly below `hf-tam run` and `python -m hf_tam`."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if os.environ.get(ANNOUNCE_VARIABLE) == "1":
+        os.environ[ANNOUNCE_VARIABLE] = "0"  # the children of this process say nothing
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+    logger.info(
+        "hf_tam %s registered with transformers %s: %s",
+        version("hf_tam"),
+        version("transformers"),
+        ", ".join(f"--optim {name} ({OPTIMIZERS[name]})" for name in registered_names),
+    )
+
+
+_STEPS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.training_args": _extend_training_arguments,
+    "transformers.trainer_optimizer": _add_handlers,
+    "transformers.trainer": _patch_trainer,
+}
