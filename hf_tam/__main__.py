@@ -14,7 +14,7 @@ from types import ModuleType
 
 from hf_tam.integrations import autoload
 
-USAGE = "usage: python -m hf_tam SCRIPT [ARGS ...]\n\nRun SCRIPT with --optim adamw, adatam and tam registered."
+USAGE = "usage: python -m hf_tam SCRIPT [ARGS ...]\n\nRun SCRIPT with --optim adatamw, adatam and tam registered."
 
 
 def main(arguments: list[str]) -> None:

@@ -10,7 +10,9 @@ from hf_tam.cli import activate, deactivate, run, status
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser; each subcommand sets `command`, the function that runs it."""
-    parser = argparse.ArgumentParser(prog="hf-tam", description="Make --optim adamw, adatam and tam known to scripts.")
+    parser = argparse.ArgumentParser(
+        prog="hf-tam", description="Make --optim adatamw, adatam and tam known to scripts."
+    )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for subcommand in (run, activate, deactivate, status):
         subcommand.add_parser(subparsers)

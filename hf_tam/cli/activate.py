@@ -12,7 +12,7 @@ HOOK_NAME = "hf_tam_autoload.pth"
 # Python executes the lines of a .pth file that begin with "import", and skips those that begin with "#".
 HOOK_TEXT = """\
 # Written by `hf-tam activate`; `hf-tam deactivate` removes it, HF_TAM_AUTOLOAD=0 switches it off for one process.
-# When a program imports transformers, this makes --optim adamw, adatam and tam known to it.
+# When a program imports transformers, this makes --optim adatamw, adatam and tam known to it.
 import importlib.util, os; \
 os.environ.get("HF_TAM_AUTOLOAD") != "0" and importlib.util.find_spec("hf_tam") and __import__("hf_tam")
 """
@@ -42,5 +42,5 @@ def activate(parsed: argparse.Namespace) -> int:
         print(f"hf-tam activate: cannot write {path}: {error.strerror}", file=sys.stderr)
         return 1
     print(f"wrote {path}")
-    print("Every Python of this environment now knows --optim adamw, adatam and tam; `hf-tam deactivate` undoes it.")
+    print("Every Python of this environment now knows --optim adatamw, adatam and tam; `hf-tam deactivate` undoes it.")
     return 0

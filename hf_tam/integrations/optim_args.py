@@ -41,7 +41,7 @@ _ADAM_KEYS = _SHARED_KEYS | {
     "fused": _SWITCH,
     "capturable": (_boolean, "true or false"),
 }
-KEYS = {"adamw": _ADAM_KEYS, "adatam": _ADAM_KEYS, "tam": _SHARED_KEYS | {"momentum": _NUMBER}}
+KEYS = {"adatamw": _ADAM_KEYS, "adatam": _ADAM_KEYS, "tam": _SHARED_KEYS | {"momentum": _NUMBER}}
 
 # What the Trainer has an argument of its own for, or what torch calls by another name.
 _ELSEWHERE = {
@@ -56,7 +56,7 @@ def parse_optim_args(optim: str, text: str | None) -> dict[str, OptimArg]:
     """Read the `optim_args` of one of our optimizers.
 
     Args:
-        optim: "adamw", "adatam" or "tam".
+        optim: "adatamw", "adatam" or "tam".
         text: As the user wrote it: `key=value` pairs with commas between them, spaces and a trailing comma allowed.
 
     Returns:

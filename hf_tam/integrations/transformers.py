@@ -1,4 +1,4 @@
-"""Makes `--optim adamw`, `adatam` and `tam` known to transformers, and gives its Trainer what these optimizers need.
+"""Makes `--optim adatamw`, `adatam` and `tam` known to transformers, and gives its Trainer what these optimizers need.
 
 transformers has no public hook for optimizer names. What is relied on: the enum `OptimizerNames`, the private table
 `_OPTIMIZER_HANDLERS`, and the methods of TrainingArguments and Trainer that are named below; each is checked first.
@@ -20,7 +20,7 @@ from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.trainer_checkpoint import require_resumable, write_checksums
 
-OPTIMIZERS = {"adamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
+OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
 
 logger = logging.getLogger("hf_tam")
