@@ -1,0 +1,108 @@
+"""What a backend is handed: tensors to update, and the numbers to update them with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tam.update import AdamCoefficients, Scalar, SgdCoefficients
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@dataclass(slots=True)
+class Entry:
+    """One logical tensor that has a gradient in this step. Complex tensors appear as their real view.
+
+    Attributes:
+        index: Position among all parameters of the optimizer, in param_groups order.
+        owner: The parameter as the user knows it, the key of `optimizer.state`.
+        param: Its values, a view that can be written.
+        raw_grad: The gradient as the backward pass left it.
+        state: `optimizer.state[owner]`.
+        first: The first moment (`exp_avg` or `momentum_buffer`).
+        second: The second moment, or None (TAM).
+        coupled_decay: Weight decay that belongs to the gradient; 0 for AdaTAMW.
+        maximize: Whether the gradient's sign is turned.
+    """
+
+    index: int
+    owner: Tensor
+    param: Tensor
+    raw_grad: Tensor
+    state: dict[str, Any]
+    first: Tensor
+    second: Tensor | None
+    coupled_decay: float
+    maximize: bool
+
+    @classmethod
+    def of(
+        cls, index: int, owner: Tensor, state: dict[str, Any], *, first: str, decay: float, maximize: bool
+    ) -> Entry:
+        """The entry of a parameter whose `.grad` is set and whose state exists."""
+        assert owner.grad is not None
+        second = state.get("exp_avg_sq")
+        return cls(
+            index=index,
+            owner=owner,
+            param=_real(owner.detach()),
+            raw_grad=_real(owner.grad.detach()),
+            state=state,
+            first=_real(state[first]),
+            second=None if second is None else _real(second),
+            coupled_decay=decay,
+            maximize=maximize,
+        )
+
+    @property
+    def has_raw_grad(self) -> bool:
+        """Whether the angle and the moments see the gradient as it is."""
+        return not self.maximize and self.coupled_decay == 0.0
+
+    def grad(self) -> Tensor:
+        """The gradient that the angle and the moments see: sign turned, coupled decay added. A temporary if so."""
+        if self.has_raw_grad:
+            return self.raw_grad
+        grad = self.raw_grad.neg() if self.maximize else self.raw_grad
+        return grad.add(self.param, alpha=self.coupled_decay) if self.coupled_decay else grad
+
+
+@dataclass(slots=True)
+class StepScalars:
+    """The numbers of one step, one entry a tensor for every name, as the backends want them.
+
+    Attributes:
+        columns: For each coefficient its values: Python floats on the host, 0-d tensors on an accelerator.
+        keep: None where every tensor is updated; otherwise 0-d bool tensors, False where the step is skipped and the
+            coefficients are those of a step that changes nothing (on the host such tensors are left out instead).
+    """
+
+    columns: dict[str, Sequence[Scalar]]
+    keep: Sequence[Tensor] | None = None
+
+    @classmethod
+    def on_host(cls, coefficients: AdamCoefficients | SgdCoefficients) -> StepScalars:
+        """Python floats. Only for tensors on the CPU: elsewhere this would wait for the device."""
+        return cls({name: column.tolist() for name, column in coefficients._asdict().items()})
+
+    @classmethod
+    def on_device(cls, coefficients: AdamCoefficients | SgdCoefficients, keep: Tensor | None) -> StepScalars:
+        """0-d tensors, unread."""
+        columns = {name: column.unbind() for name, column in coefficients._asdict().items()}
+        return cls(columns, None if keep is None else keep.unbind())
+
+    def row(self, position: int) -> dict[str, Scalar]:
+        """The numbers of one tensor, by name."""
+        return {name: column[position] for name, column in self.columns.items()}
+
+    def grad(self, entry: Entry, position: int) -> Tensor:
+        """The entry's gradient, zero where the step is skipped: 0 * NaN is NaN, so a weight of 0 is not enough."""
+        grad = entry.grad()
+        return grad if self.keep is None else torch.where(self.keep[position], grad, 0.0)

@@ -1,0 +1,170 @@
+"""The tensors of one param group on one device, and the scalar arithmetic of their step as 1-D tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tam import update
+from hf_tam.backends import Backend, Entry, Scalar, StepScalars
+from hf_tam.update import AdamCoefficients, SgdCoefficients
+
+# What a step that changes nothing looks like; `eps` keeps the denominator away from 0.
+_IDLE: dict[str, float] = {
+    "decay": 1.0, "first_weight": 0.0, "second_weight": 0.0, "eps": 1.0,
+    "momentum": 1.0, "gain": 0.0, "step_size": 0.0,
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Bucket:
+    """The tensors of one param group on one device that have a gradient in this step.
+
+    Attributes:
+        group: The param group.
+        entries: Its tensors, n of them.
+        backend: What executes the step.
+        on_host: Whether scalars may be read by the host (the CPU without `capturable`); elsewhere none ever is.
+        scalars: The scalar states before this step by name (`step`, `torque`, ...), shape (n,), `accumulator_dtype`.
+        active: Whether the torque still acts (`torque_steps`), shape (n,), or None where it always does.
+        sums: Rows <m, g>, |m|^2, |g|^2, raw |g|^2, shape (n, 4). |m|^2 is of the moment as it is stored.
+        keep: False where the step is skipped, shape (n,), or None where nothing is.
+        cosine: s_t, shape (n,).
+        damping: The damping applied in this step, shape (n,).
+    """
+
+    group: dict[str, Any]
+    entries: list[Entry]
+    backend: Backend
+    on_host: bool
+    scalars: dict[str, Tensor]
+    active: Tensor | None
+    sums: Tensor = field(default_factory=lambda: torch.empty(0, 4))
+    keep: Tensor | None = None
+    cosine: Tensor = field(default_factory=lambda: torch.empty(0))
+    damping: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @classmethod
+    def of(
+        cls, group: dict[str, Any], entries: list[Entry], *, scalars: tuple[str, ...], backend: Backend, on_host: bool
+    ) -> Bucket:
+        """Gather the scalar states named by `scalars`."""
+        gathered = {key: _gather(entries, key) for key in scalars}
+        limit = group["torque_steps"]
+        return cls(group, entries, backend, on_host, gathered, None if limit is None else gathered["step"] < limit)
+
+    @property
+    def step(self) -> Tensor:
+        """The t of this step, counted from 1, shape (n,)."""
+        return self.scalars["step"] + 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.scalars["step"].device
+
+    @property
+    def literal(self) -> bool:
+        """Whether the paper's recurrence is taken literally."""
+        return bool(self.group["step_size"] == "paper")
+
+    def any_active(self) -> bool:
+        """Whether any torque still acts. Where the host must not look, yes."""
+        return self.active is None or not self.on_host or bool(self.active.any())
+
+    def take_sums(self, *, with_dot: bool) -> Tensor:
+        """The partial sums of what this rank holds, shape (n, 4).
+
+        Args:
+            with_dot: Whether every tensor's dot product is needed (a shared angle); otherwise it is taken only where
+                the torque still acts. A sum that nothing needs is not taken: its row is NaN.
+        """
+        count = len(self.entries)
+        if with_dot or self.active is None or not self.on_host:
+            wanted = [True] * count
+        else:
+            wanted = self.active.tolist()
+        if not any(wanted) and self.group["nonfinite"] == "propagate":
+            return torch.full((count, 4), torch.nan, dtype=self.scalars["step"].dtype)
+        return self.backend.partial_sums(self.entries, with_dot=wanted)
+
+    def angle_sums(self, moment_scale: Tensor) -> Tensor:
+        """Rows <m, g>, |m|^2 and |g|^2, shape (3, n), for m = `moment_scale` * the moment as it is stored."""
+        dot, momentum_sq, grad_sq, _ = self.sums.unbind(1)
+        return torch.stack([dot * moment_scale, momentum_sq * moment_scale.square(), grad_sq])
+
+    @property
+    def raw_grad_sq(self) -> Tensor:
+        """|g|^2 of each gradient as the backward pass left it, shape (n,)."""
+        return self.sums[:, 3]
+
+    def finite(self) -> Tensor:
+        """Whether each gradient is free of NaN and Inf, shape (n,) bool."""
+        return self.raw_grad_sq.isfinite()
+
+    def coefficient(self, cosine: Tensor) -> Tensor:
+        """Advance the torque by `cosine` and return c_t, the factor on the gradient, shape (n,)."""
+        self.cosine = cosine
+        previous = self.scalars["torque"]
+        torque = update.torque(previous, cosine, gamma=self.group["gamma"])
+        torque = torque if self.active is None else torch.where(self.active, torque, previous)
+        self.store("torque", torque)
+        damping = update.damping(torque)
+        coefficient = self.group["damping_eps"] + damping
+        if self.active is None:
+            self.damping = damping
+            return coefficient
+        neutral = 1.0 if self.literal else 0.5
+        self.damping = torch.where(self.active, damping, neutral)
+        return torch.where(self.active, coefficient, neutral)
+
+    def learning_rate(self) -> Scalar:
+        """The group's learning rate: a float on the host, otherwise as it is, on the bucket's device."""
+        lr: Scalar = self.group["lr"]
+        if self.on_host:
+            return float(lr)
+        return lr.to(self.device, non_blocking=True) if isinstance(lr, Tensor) else lr
+
+    def masked(self, coefficients: AdamCoefficients | SgdCoefficients) -> AdamCoefficients | SgdCoefficients:
+        """The coefficients, those of a step that changes nothing where the step is skipped."""
+        if self.keep is None:
+            return coefficients
+        columns = coefficients._asdict().items()
+        return type(coefficients)(**{name: torch.where(self.keep, column, _IDLE[name]) for name, column in columns})
+
+    def execute(self, coefficients: AdamCoefficients | SgdCoefficients) -> None:
+        """Update parameters and moments and count the step, leaving out what is skipped."""
+        coefficients = self.masked(coefficients)
+        entries = self.entries
+        if not self.on_host:
+            scalars = StepScalars.on_device(coefficients, self.keep)
+        else:
+            scalars = StepScalars.on_host(coefficients)
+            if self.keep is not None:
+                kept = [position for position, keep in enumerate(self.keep.tolist()) if keep]
+                entries = [entries[position] for position in kept]
+                scalars.columns = {name: [column[at] for at in kept] for name, column in scalars.columns.items()}
+        run = self.backend.adam if isinstance(coefficients, AdamCoefficients) else self.backend.sgd
+        run(entries, scalars)
+        self.store("step", self.step)
+
+    def store(self, key: str, values: Tensor) -> None:
+        """Write a 1-D tensor back to the scalar states, except where the step is skipped."""
+        if self.keep is not None:
+            values = torch.where(self.keep, values, self.scalars[key])
+        torch._foreach_copy_([entry.state[key] for entry in self.entries], list(values.unbind()))
+
+
+def _gather(entries: list[Entry], key: str) -> Tensor:
+    """One scalar state of every entry as a 1-D tensor of `accumulator_dtype`."""
+    values = torch.stack([entry.state[key] for entry in entries])
+    return values.to(update.accumulator_dtype(values.device))
+
+
+def split_rows(rows: Tensor, buckets: list[Bucket]) -> Iterator[tuple[Bucket, Tensor]]:
+    """Each bucket with its share of `rows`, whose first dimension runs over the tensors of all buckets."""
+    return zip(buckets, torch.split(rows, [len(bucket.entries) for bucket in buckets]), strict=True)

@@ -1,0 +1,216 @@
+"""Between our state_dicts and those of torch.optim: which are accepted, how they are taken over, and the way back.
+
+In AdamW's terms m = exp_avg / (2 (1 - beta1)), in SGD's m = momentum_buffer / 2: the factor that makes a neutral angle
+(c = 1/2) plain AdamW or SGD. With step_size="adamw" or "sgd" our moment is theirs; with "paper" it is m itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_tam.hyperparameters import validate
+
+if TYPE_CHECKING:
+    from hf_tam.torque_aware import TorqueAware
+
+_CONSTRUCTORS = ("foreach", "fused", "capturable")
+"""How the step is executed is the constructor's to say, whatever a checkpoint was made with."""
+_TORCH_ONLY = ("amsgrad", "differentiable", "decoupled_weight_decay", "nesterov", "dampening")
+
+
+def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `state_dict` in `optimizer`'s own form, checked against its parameters.
+
+    Tensors are shared, not copied.
+
+    Raises:
+        ValueError: The state is another optimizer's, AMSGrad's, Nesterov's, or has other shapes than the parameters.
+    """
+    saved_groups = deepcopy(state_dict["param_groups"])
+    lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"the saved state has param groups of {lengths[1]} tensors, the optimizer of {lengths[0]}: it belongs to "
+            "another model, or to other trainable parameters"
+        )
+    states = {}
+    names = iter(optimizer._names())
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        _refuse_variants(saved)
+        literal = saved.get("step_size", group["step_size"]) == "paper"
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            where = _describe(next(names), key, param)
+            if key in state_dict["state"]:
+                states[key] = _adapt_state(optimizer, state_dict["state"][key], param, saved, literal, where)
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        _adapt_group(group, saved)
+    return {**state_dict, "state": states, "param_groups": saved_groups}
+
+
+def _describe(name: str | None, key: int, param: Tensor) -> str:
+    return f"parameter {name if name is not None else key} (shape {tuple(param.shape)})"
+
+
+def _refuse_variants(saved: dict[str, Any]) -> None:
+    for name, what in (("amsgrad", "AMSGrad"), ("nesterov", "Nesterov momentum"), ("dampening", "a dampening")):
+        if saved.get(name):
+            raise ValueError(
+                f"the saved state was made with {name}={saved[name]}: a torque-aware optimizer has no form with "
+                f"{what}; start it without that checkpoint"
+            )
+
+
+def _adapt_state(
+    optimizer: TorqueAware, state: dict[str, Any], param: Tensor, saved: dict[str, Any], literal: bool, where: str
+) -> dict[str, Any]:
+    moments = optimizer.moments
+    known = {*moments, *optimizer.scalar_states}
+    # SGD keeps no step, and no buffer before the first one.
+    missing = [key for key in moments if state.get(key) is None and key != "momentum_buffer"]
+    if set(state) - known or missing or ("betas" in optimizer.defaults and "step" not in state):
+        raise ValueError(
+            f"the saved state of {where} holds {sorted(state)}, {type(optimizer).__name__} expects {sorted(known)} or "
+            f"those of its torch.optim counterpart: it is another optimizer's"
+        )
+    if (
+        saved.get("decoupled_weight_decay", not optimizer.coupled) is optimizer.coupled
+        and "betas" in optimizer.defaults
+    ):
+        raise ValueError(
+            f"the saved state has {'decoupled' if optimizer.coupled else 'coupled'} weight decay: it is "
+            f"{'AdamW' if optimizer.coupled else 'Adam'}'s, use hf_tam.{'AdaTAMW' if optimizer.coupled else 'AdaTAM'}"
+        )
+    adapted = {key: state[key] for key in moments if state.get(key) is not None}
+    for key, moment in adapted.items():
+        if moment.shape != param.shape:
+            raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
+    return {
+        **adapted,
+        **_adapt_scalars(optimizer, state, saved, literal),
+        **_adapt_buffer(adapted, state, param, literal),
+    }
+
+
+def _adapt_scalars(
+    optimizer: TorqueAware, state: dict[str, Any], saved: dict[str, Any], literal: bool
+) -> dict[str, Tensor]:
+    scalars = {key: torch.as_tensor(state.get(key, 0.0), dtype=torch.float32) for key in optimizer.scalar_states}
+    if "exp_avg_scale" in scalars and "exp_avg_scale" not in state:
+        scale = 1.0 / (2.0 * (1.0 - saved["betas"][0])) if literal else 1.0
+        scalars["exp_avg_scale"] = torch.tensor(scale, dtype=torch.float32)
+    return scalars
+
+
+def _adapt_buffer(adapted: dict[str, Any], state: dict[str, Any], param: Tensor, literal: bool) -> dict[str, Tensor]:
+    if "momentum_buffer" not in state:
+        return {}
+    buffer = adapted.get("momentum_buffer")
+    if buffer is None:
+        return {"momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format)}
+    return {"momentum_buffer": buffer / 2.0 if literal and "torque" not in state else buffer}
+
+
+def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Fill in what the checkpoint lacks, keep what is the constructor's, warn of what is overridden."""
+    for key in _TORCH_ONLY:
+        saved.pop(key, None)
+    overridden = []
+    for key, requested in group.items():
+        if key == "params":
+            continue
+        if key in _CONSTRUCTORS or key not in saved:
+            saved[key] = requested
+        elif _overrides(key, group, saved):
+            overridden.append(f"{key}={_plain(saved[key])} (requested: {_plain(requested)})")
+    validate({key: value for key, value in saved.items() if key in group})
+    if overridden:
+        warnings.warn(
+            f"the checkpoint's hyperparameters override the requested ones: {', '.join(overridden)}. To use the "
+            "requested ones, set them in optimizer.param_groups after loading.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether a saved value replaces a requested one; a value that a scheduler moves is compared where it started."""
+    if key == "lr" and "initial_lr" in saved:
+        return bool(_plain(saved["initial_lr"]) != _plain(group.get("initial_lr", group["lr"])))
+    scheduled = key in ("initial_lr", "max_lr", "min_lr", "param_names", "base_momentum", "max_momentum")
+    if scheduled or (key in ("betas", "momentum") and "base_momentum" in saved):
+        return False
+    return bool(_plain(saved[key]) != _plain(group[key]))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def restore_scalars(optimizer: TorqueAware, state_dict: dict[str, Any]) -> None:
+    """Put the scalar states back as saved: torch.optim casts them to the parameter's dtype while loading.
+
+    1,000,001 steps became 999,424 and an fp32 torque a bf16 one in a bf16 model (torch 2.13, optim/optimizer.py).
+    """
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    for key, param in zip(keys, optimizer._params(), strict=True):
+        if key in state_dict["state"]:
+            for name in optimizer.scalar_states:
+                value = state_dict["state"][key][name]
+                optimizer.state[param][name] = value.to(device=param.device, dtype=torch.float32, copy=True)
+
+
+def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:
+    """The state as torch.optim's counterpart loads it: AdamW's of AdaTAMW, Adam's of AdaTAM, SGD's of TAM.
+
+    The torque is left behind. Moments are new tensors in the parameter's dtype. No communication.
+
+    Args:
+        optimizer: One of this package's optimizers.
+
+    Returns:
+        A state_dict for torch.optim.AdamW, Adam or SGD.
+
+    Raises:
+        TypeError: `optimizer` is none of ours.
+    """
+    if not hasattr(optimizer, "scalar_states"):
+        raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(optimizer).__name__}")
+    packed = optimizer.state_dict()
+    states = {}
+    for group in packed["param_groups"]:
+        for key in group["params"]:
+            if key in packed["state"]:
+                states[key] = _export_state(packed["state"][key], group)
+    return {"state": states, "param_groups": [_export_group(group, optimizer) for group in packed["param_groups"]]}
+
+
+def _export_state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    literal = group["step_size"] == "paper"
+    if "momentum_buffer" in state:
+        return {"momentum_buffer": state["momentum_buffer"] * (2.0 if literal else 1.0)}
+    scale = state["exp_avg_scale"] * (2.0 * (1.0 - group["betas"][0]) if literal else 1.0)
+    on_device = group["capturable"] or group["fused"]
+    return {
+        "step": state["step"].clone() if on_device else state["step"].cpu(),
+        "exp_avg": state["exp_avg"] * scale,
+        "exp_avg_sq": state["exp_avg_sq"].clone(),
+    }
+
+
+def _export_group(group: dict[str, Any], optimizer: TorqueAware) -> dict[str, Any]:
+    ours = ("gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite")
+    exported = {key: value for key, value in group.items() if key not in ours}
+    if "betas" in exported:
+        return {
+            **exported, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": not optimizer.coupled
+        }  # fmt: skip
+    del exported["capturable"]
+    return {**exported, "dampening": 0.0, "nesterov": False, "differentiable": False}

@@ -1,0 +1,147 @@
+"""The ranges of every hyperparameter, in one place: constructors, param groups and `optim_args` are checked here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+SCOPES = ("tensor", "model")
+NONFINITE = ("skip", "raise", "propagate")
+ADAPTIVE_STEP_SIZES = ("adamw", "paper")
+MOMENTUM_STEP_SIZES = ("sgd", "paper")
+
+# Each message begins as torch.optim's own does where torch checks the same thing (torch/optim/adam.py, sgd.py).
+_TORCH_WORDS = {
+    "lr": "Invalid learning rate",
+    "eps": "Invalid epsilon value",
+    "weight_decay": "Invalid weight_decay value",
+    "momentum": "Invalid momentum value",
+}
+
+
+def validate(hyperparameters: Mapping[str, Any]) -> None:
+    """Check every hyperparameter that is present.
+
+    Args:
+        hyperparameters: Names and values, as in an optimizer's `defaults` or in one of its `param_groups`. Names that
+            are not hyperparameters (`params`, `initial_lr`, ...) are left alone.
+
+    Raises:
+        ValueError: A value is outside its range (NaN and infinity included); the message names the argument, the value
+            and what is accepted.
+    """
+    for name, value in hyperparameters.items():
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
+    if hyperparameters.get("foreach") and hyperparameters.get("fused"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    lr = hyperparameters.get("lr")
+    if isinstance(lr, Tensor) and hyperparameters.get("foreach") and not hyperparameters.get("capturable"):
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def _refuse(name: str, value: object, accepted: str) -> None:
+    words = _TORCH_WORDS.get(name, f"Invalid {name} value")
+    raise ValueError(f"{words}: {value} ({name} must be {accepted})")
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _learning_rate(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if value.device.type != "cpu":
+            return  # reading it would wait for the device
+        value = value.item()
+    _at_least_zero(name, value)
+
+
+def _at_least_zero(name: str, value: object) -> None:
+    number = _number(value)
+    if number is None or not 0.0 <= number < math.inf:
+        _refuse(name, value, "a finite number >= 0")
+
+
+def _positive(name: str, value: object) -> None:
+    number = _number(value)
+    if number is None or not 0.0 < number < math.inf:
+        _refuse(name, value, "a finite number > 0")
+
+
+def _below_one(name: str, value: object) -> None:
+    number = _number(value)
+    if number is None or not 0.0 <= number < 1.0:
+        _refuse(name, value, "a number in [0, 1)")
+
+
+def _at_most_one(name: str, value: object) -> None:
+    number = _number(value)
+    if number is None or not 0.0 <= number <= 1.0:
+        _refuse(name, value, "a number in [0, 1]; 1 keeps the torque at 0, which is plain AdamW or SGD")
+
+
+def _betas(name: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"Invalid betas value: {value} (betas must be two numbers in [0, 1))")
+    for index, beta in enumerate(value):
+        number = _number(beta)
+        if number is None or not 0.0 <= number < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta} (betas must be two numbers in [0, 1))")
+
+
+def _torque_steps(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        _refuse(name, value, "None or a whole number >= 0")
+
+
+def _optional_flag(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        _refuse(name, value, "True, False or None")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, value, "True or False")
+
+
+def _one_of(*accepted: str) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if value not in accepted:
+            raise ValueError(
+                f"Invalid {name} value: {value!r} ({name} must be one of {', '.join(map(repr, accepted))})"
+            )
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "lr": _learning_rate,
+    "betas": _betas,
+    "momentum": _below_one,
+    "eps": _positive,
+    "weight_decay": _at_least_zero,
+    "gamma": _at_most_one,
+    "damping_eps": _at_least_zero,
+    "scope": _one_of(*SCOPES),
+    "nonfinite": _one_of(*NONFINITE),
+    "torque_steps": _torque_steps,
+    "maximize": _flag,
+    "capturable": _flag,
+    "foreach": _optional_flag,
+    "fused": _optional_flag,
+}
+
+
+def validate_step_size(value: object, accepted: tuple[str, ...]) -> None:
+    """Check `step_size`, whose names differ between the adaptive optimizers and TAM.
+
+    Raises:
+        ValueError: `value` is not one of `accepted`.
+    """
+    _one_of(*accepted)("step_size", value)

@@ -1,0 +1,225 @@
+"""The optimizers: AdaTAMW, AdaTAM and TAM (Torque-Aware Momentum, arXiv 2412.18790)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_tam import update
+from hf_tam.bucket import Bucket
+from hf_tam.hyperparameters import ADAPTIVE_STEP_SIZES, MOMENTUM_STEP_SIZES
+from hf_tam.torque_aware import TorqueAware
+
+__all__ = ["TAM", "AdaTAM", "AdaTAMW"]
+
+Scope = Literal["tensor", "model"]
+Nonfinite = Literal["skip", "raise", "propagate"]
+
+
+class _Adaptive(TorqueAware):
+    """The Adam forms. State: `step`, `exp_avg`, `exp_avg_scale`, `exp_avg_sq`, `torque`.
+
+    The first moment is kept normalised: AdamW's exp_avg (with step_size="paper" the paper's m) is
+    `exp_avg * exp_avg_scale`. `exp_avg` and `exp_avg_sq` have the parameter's dtype and layout, the others are 0-d
+    fp32.
+    """
+
+    moments = ("exp_avg", "exp_avg_sq")
+    step_sizes = ADAPTIVE_STEP_SIZES
+    scalar_states = ("step", "exp_avg_scale", "torque")
+
+    def _moment_scale(self, bucket: Bucket) -> Tensor:
+        scale = bucket.scalars["exp_avg_scale"]
+        return scale if bucket.literal else scale / (2.0 * (1.0 - bucket.group["betas"][0]))
+
+    def _update(self, bucket: Bucket, cosine: Tensor) -> None:
+        group = bucket.group
+        beta1, lr = group["betas"][0], bucket.learning_rate()
+        coefficient = bucket.coefficient(cosine)
+        gain = coefficient if bucket.literal else 2.0 * (1.0 - beta1) * coefficient
+        moment = update.first_moment(bucket.scalars["exp_avg_scale"], gain, beta1=beta1)
+        coefficients = update.adam_coefficients(
+            bucket.step,
+            moment,
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            decay=1.0 if self.coupled else 1.0 - lr * group["weight_decay"],
+            corrected=not bucket.literal,
+        )
+        bucket.execute(coefficients)
+        bucket.store("exp_avg_scale", moment.scale)
+
+
+class AdaTAMW(_Adaptive):
+    r"""AdamW whose first moment is damped by the angle between the new gradient and the momentum.
+
+        s_t = <m_{t-1}, g_t> / (|m_{t-1}| |g_t|),   S_t = gamma S_{t-1} + (1 - gamma) s_t,   d_t = (1 + S_t) / 2
+        c_t = damping_eps + d_t
+        m_t = beta1 m_{t-1} + (1 - beta1) 2 c_t g_t        (step_size="adamw")
+        m_t = beta1 m_{t-1} + c_t g_t                      (step_size="paper")
+        v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
+
+    and AdamW's decoupled decay and update; bias correction with "adamw", none with "paper". With the torque held at 0
+    (gamma=1) and damping_eps=0, step_size="adamw" is torch.optim.AdamW, so learning rates tuned for AdamW carry over.
+
+    Args:
+        params: Parameters, named parameters or param groups. A group may override every hyperparameter.
+        lr: Learning rate; a float or a 1-element tensor.
+        betas: Decay of the first and of the second moment, each in [0, 1).
+        eps: Term added to the denominator, > 0.
+        weight_decay: Decoupled weight decay, >= 0.
+        gamma: Smoothing of the torque, in [0, 1]. Source: section 3 of the paper, which uses 0.9.
+        damping_eps: Least factor on a gradient that opposes the momentum. Source: the paper's epsilon, 1e-8.
+        scope: "tensor": one angle for each parameter tensor. "model": one for all (the paper read literally).
+        step_size: "adamw": AdamW's learning rates carry over. "paper": the literal recurrence, which moves 5 to 33
+            times as far at the same lr.
+        torque_steps: The torque acts in the first N steps of a tensor and is neutral afterwards (the paper's TAM as
+            warm-up); None: always.
+        nonfinite: What a NaN or Inf in a gradient does. "skip": that tensor (scope "model": the whole step) is left
+            untouched, counted and warned of once. "raise": FloatingPointError before anything is changed; reads a
+            number every step, so it waits for an accelerator. "propagate": as torch.optim; the torque stays finite
+        all the same. maximize: Ascend instead of descend.
+        foreach: Use the multi-tensor backend. None: on accelerators.
+        fused: Use the fused backend. None: on the CPU.
+        capturable: Never read a number on the host, on any device.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: `fused` and `foreach` are both True.
+
+    References:
+        Torque-Aware Momentum, https://arxiv.org/abs/2412.18790
+    """
+
+    coupled: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        gamma: float = 0.9,
+        damping_eps: float = 1e-8,
+        scope: Scope = "tensor",
+        step_size: Literal["adamw", "paper"] = "adamw",
+        torque_steps: int | None = None,
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        """See the class."""
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, arguments)
+
+
+class AdaTAM(_Adaptive):
+    """AdaTAMW with Adam's coupled weight decay: g_t + weight_decay * param is the gradient of angle and moments.
+
+    The arguments are `AdaTAMW`'s; `weight_decay` defaults to 0. The reported `grad_norm` is of the raw gradient.
+
+    References:
+        Torque-Aware Momentum, https://arxiv.org/abs/2412.18790
+    """
+
+    coupled: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.9,
+        damping_eps: float = 1e-8,
+        scope: Scope = "tensor",
+        step_size: Literal["adamw", "paper"] = "adamw",
+        torque_steps: int | None = None,
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        """See `AdaTAMW`."""
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, arguments)
+
+
+class TAM(TorqueAware):
+    """SGD with momentum whose momentum is damped by the angle. State: `step`, `momentum_buffer`, `torque`.
+
+        m_t = momentum m_{t-1} + c_t g_t,   param -= lr m_t          (step_size="paper")
+
+    step_size="sgd" keeps and applies 2 m_t: with the torque held at 0 (gamma=1) and damping_eps=0 it is
+    torch.optim.SGD(momentum=momentum), so that its learning rates carry over. Weight decay is coupled, as in SGD.
+
+    Args:
+        params: Parameters, named parameters or param groups. A group may override every hyperparameter.
+        lr: Learning rate; a float or a 1-element tensor.
+        momentum: Decay of the momentum, in [0, 1).
+        weight_decay: Coupled weight decay, >= 0.
+        gamma: As in `AdaTAMW`, like all that follow.
+        damping_eps: See `AdaTAMW`.
+        scope: See `AdaTAMW`.
+        step_size: "sgd" or "paper".
+        torque_steps: See `AdaTAMW`.
+        nonfinite: See `AdaTAMW`.
+        maximize: Ascend instead of descend.
+        foreach: Use the multi-tensor backend. None: on accelerators; the CPU uses torch's fused SGD kernel.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    References:
+        Torque-Aware Momentum, https://arxiv.org/abs/2412.18790
+    """
+
+    moments = ("momentum_buffer",)
+    step_sizes = MOMENTUM_STEP_SIZES
+    scalar_states = ("step", "torque")
+    coupled: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.9,
+        damping_eps: float = 1e-8,
+        scope: Scope = "tensor",
+        step_size: Literal["sgd", "paper"] = "sgd",
+        torque_steps: int | None = None,
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        """See the class."""
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, {**arguments, "fused": None, "capturable": False})
+
+    def _moment_scale(self, bucket: Bucket) -> Tensor:
+        return torch.full_like(bucket.scalars["step"], 1.0 if bucket.literal else 0.5)
+
+    def _update(self, bucket: Bucket, cosine: Tensor) -> None:
+        coefficient = bucket.coefficient(cosine)
+        ones = torch.ones_like(coefficient)
+        bucket.execute(
+            update.SgdCoefficients(
+                momentum=ones * bucket.group["momentum"],
+                gain=coefficient if bucket.literal else 2.0 * coefficient,
+                step_size=ones * bucket.learning_rate(),
+            )
+        )

@@ -1,0 +1,287 @@
+"""The base of the torque-aware optimizers: parameters, sums, angles, skips and statistics."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hf_tam import checkpoint, update
+from hf_tam.backends import Entry, select_backend
+from hf_tam.bucket import Bucket, split_rows
+from hf_tam.hyperparameters import validate, validate_step_size
+from hf_tam.ownership import OwnedParameters
+from hf_tam.sharding import select_reducer
+from hf_tam.telemetry import Telemetry
+
+
+class TorqueAware(Optimizer):
+    """What AdaTAMW, AdaTAM and TAM share. Not to be used by itself.
+
+    A step takes the partial sums of every tensor, makes them those of whole logical tensors, turns them into one
+    angle a tensor (or one for all), and hands each tensor's coefficients to a backend. On an accelerator, or with
+    `capturable`, no number of it is ever read by the host.
+    """
+
+    step_sizes: ClassVar[tuple[str, ...]]
+    """Accepted values of `step_size`."""
+    moments: ClassVar[tuple[str, ...]]
+    """State keys of the moments, which have the parameter's shape and dtype."""
+    scalar_states: ClassVar[tuple[str, ...]]
+    """State keys that hold one fp32 number a tensor."""
+    coupled: ClassVar[bool]
+    """Whether weight decay is part of the gradient."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Check `defaults`, then hand over to torch.optim.Optimizer."""
+        validate(defaults)
+        validate_step_size(defaults["step_size"], self.step_sizes)
+        self._reset_runtime()
+        super().__init__(params, defaults)
+
+    def _reset_runtime(self) -> None:
+        self._owned = OwnedParameters()
+        self._telemetry = Telemetry()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, which may override any hyperparameter. No communication.
+
+        Raises:
+            ValueError: A hyperparameter is out of range, or a parameter is already in a group.
+        """
+        merged = {**self.defaults, **param_group}
+        validate(merged)
+        validate_step_size(merged["step_size"], self.step_sizes)
+        super().add_param_group(param_group)
+        self._owned.add(self.param_groups[-1]["params"])
+
+    def attach(self, module: nn.Module) -> None:
+        """Tell the optimizer which module owns its parameters. Optional, idempotent, no communication.
+
+        The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
+        optimizer was built is accepted again if it is the module's.
+
+        Raises:
+            ValueError: The module owns none of the optimizer's parameters.
+        """
+        named = dict(module.named_parameters())
+        if not any(param is owned for param in self._params() for owned in named.values()):
+            raise ValueError(
+                f"attach: {type(module).__name__} owns none of this optimizer's parameters; pass the module whose "
+                "parameters the optimizer was built with"
+            )
+        self._owned.add_named(named)
+
+    def torque_stats(self) -> dict[str, Any]:
+        """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
+
+        Returns:
+            A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
+            param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
+            `names`: the parameters' names, None where unknown. `grad_norm`: 0-d fp32, the global norm of the raw
+            gradients as the step saw them (NaN before the first step, and where nothing needed it any more).
+            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
+            "tensor", whole steps with scope "model".
+        """
+        params = list(self._params())
+        torques = [self.state[param].get("torque") if param in self.state else None for param in params]
+        return self._telemetry.stats(torques, names=self._names(), device=params[0].device)
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were skipped so far; see `torque_stats`. Reading it waits for an accelerator."""
+        return self._telemetry.read_skipped()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one optimization step. No communication: tensors are whole in this version.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: A parameter is sharded or was replaced, is on the meta device, or has a sparse gradient.
+            FloatingPointError: A gradient is not finite and `nonfinite="raise"`; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._advance()
+        return loss
+
+    # Scalars are Python numbers on the host, so tracing would specialise on every learning rate.
+    @torch.compiler.disable
+    def _advance(self) -> None:
+        params = list(self._params())
+        reducer = select_reducer(params, self._owned)
+        devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
+        for bucket in self._buckets():
+            devices[bucket.device].append(bucket)
+        self._check_devices(devices)
+        for buckets in devices.values():
+            shared = any(bucket.group["scope"] == "model" and bucket.any_active() for bucket in buckets)
+            rows = [bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model") for bucket in buckets]
+            for bucket, sums in split_rows(reducer.reduce(torch.cat(rows)), buckets):
+                bucket.sums = sums
+        self._refuse_nonfinite(chain.from_iterable(devices.values()))
+        self._telemetry.start()
+        for buckets in devices.values():
+            self._skip_nonfinite(buckets)
+            self._angles(buckets)
+            self._telemetry.record(buckets)
+
+    def _angles(self, buckets: list[Bucket]) -> None:
+        """One step for the tensors on one device: a cosine each, or one for all of scope "model"."""
+        sums = [bucket.angle_sums(self._moment_scale(bucket)) for bucket in buckets]
+        together = [
+            rows.sum(1) for bucket, rows in zip(buckets, sums, strict=True) if bucket.group["scope"] == "model"
+        ]
+        shared = update.cosine(*torch.stack(together).sum(0)) if together else None
+        for bucket, rows in zip(buckets, sums, strict=True):
+            if shared is not None and bucket.group["scope"] == "model":
+                self._update(bucket, shared.expand(len(bucket.entries)))
+            else:
+                self._update(bucket, update.cosine(*rows))
+
+    def _refuse_nonfinite(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket.group["nonfinite"] == "raise" and not bucket.finite().all():
+                raise FloatingPointError(
+                    self._nonfinite_message(bucket.entries[bucket.finite().tolist().index(False)])
+                )
+
+    def _skip_nonfinite(self, buckets: list[Bucket]) -> None:
+        """Set `keep` where `nonfinite="skip"`: a tensor goes by its own gradient, scope "model" by all of them."""
+        skipping = [bucket for bucket in buckets if bucket.group["nonfinite"] == "skip"]
+        together = [bucket for bucket in skipping if bucket.group["scope"] == "model"]
+        if together:
+            whole = torch.cat([bucket.finite() for bucket in together]).all()
+            self._skip(together, whole, [whole.expand(len(bucket.entries)) for bucket in together])
+        for bucket in skipping:
+            if bucket.group["scope"] == "tensor":
+                self._skip([bucket], bucket.finite(), [bucket.finite()])
+
+    def _skip(self, buckets: list[Bucket], counted: Tensor, keeps: list[Tensor]) -> None:
+        on_host = all(bucket.on_host for bucket in buckets)
+        if on_host and bool(counted.all()):
+            return
+        self._telemetry.count_skipped(counted, on_host=on_host)
+        for bucket, keep in zip(buckets, keeps, strict=True):
+            bucket.keep = keep
+
+    def _nonfinite_message(self, entry: Entry) -> str:
+        name = self._names()[entry.index] or f"number {entry.index}, shape {tuple(entry.owner.shape)}"
+        return (
+            f"the gradient of parameter {name} is not finite (nonfinite='raise'); nothing was changed. "
+            "Lower the learning rate or look at the batch, or pass nonfinite='skip'"
+        )
+
+    def _buckets(self) -> Iterator[Bucket]:
+        index = 0
+        for group in self.param_groups:
+            per_device: defaultdict[torch.device, list[Entry]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is not None:
+                    per_device[param.device].append(self._entry(index, param, group))
+                index += 1
+            for device, entries in per_device.items():
+                on_host = device.type == "cpu" and not group["capturable"]
+                backend = select_backend(device, foreach=group["foreach"], fused=group["fused"], on_host=on_host)
+                yield Bucket.of(group, entries, scalars=self.scalar_states, backend=backend, on_host=on_host)
+
+    def _entry(self, index: int, param: Tensor, group: dict[str, Any]) -> Entry:
+        assert param.grad is not None
+        if param.grad.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
+            )
+        if param.device.type == "meta":
+            raise RuntimeError(
+                f"parameter {index} (shape {tuple(param.shape)}) is on the meta device and has no values to update; "
+                "materialise the model (module.to_empty, or load its weights) before training"
+            )
+        state = self.state[param]
+        if not state:
+            self._init_state(param, state)
+        decay = group["weight_decay"] if self.coupled else 0.0
+        return Entry.of(index, param, state, first=self.moments[0], decay=decay, maximize=group["maximize"])
+
+    def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.
+        for key in self.scalar_states:
+            state[key] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for key in self.moments:
+            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _check_devices(self, devices: dict[torch.device, list[Bucket]]) -> None:
+        if len(devices) > 1 and any(b.group["scope"] == "model" for buckets in devices.values() for b in buckets):
+            names = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(
+                f"scope='model' takes one angle over all parameters, which lie on several devices here ({names}); "
+                "use scope='tensor', or put the model on one device"
+            )
+
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _names(self) -> list[str | None]:
+        names: list[str | None] = []
+        for group in self.param_groups:
+            given = group.get("param_names") or [None] * len(group["params"])
+            names += [name or self._owned.name(param) for name, param in zip(given, group["params"], strict=True)]
+        return names
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class, or of its torch.optim counterpart. No communication.
+
+        torch.optim.AdamW's state (for AdaTAM Adam's, for TAM SGD's) is taken over exactly, with the torque at 0.
+        `foreach`, `fused` and `capturable` stay the constructor's; other hyperparameters are the saved ones, with a
+        warning where that overrides a requested value.
+
+        Raises:
+            ValueError: Another optimizer's state, AMSGrad's, or tensors of other shapes than the parameters'.
+        """
+        saved: dict[str, Any] = {}
+
+        def adapt(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            saved.update(checkpoint.adapt(self, loaded))
+            return saved
+
+        # Hooks, so that the user's own pre-hooks run before ours and the post-hooks after.
+        before = self.register_load_state_dict_pre_hook(adapt)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: checkpoint.restore_scalars(self, saved), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication."""
+        self._telemetry.read_skipped()
+        return super().state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""
+        super().__setstate__(state)
+        if "_owned" not in self.__dict__:
+            self._reset_runtime()
+            for group in self.param_groups:
+                self._owned.add(group["params"])
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def _update(self, bucket: Bucket, cosine: Tensor) -> None:
+        raise NotImplementedError
+
+    def _moment_scale(self, bucket: Bucket) -> Tensor:
+        raise NotImplementedError
