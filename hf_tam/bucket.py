@@ -114,7 +114,7 @@ class Bucket:
         torque = torque if self.active is None else torch.where(self.active, torque, previous)
         self.store("torque", torque)
         damping = update.damping(torque)
-        coefficient = self.group["damping_eps"] + damping
+        coefficient: Tensor = self.group["damping_eps"] + damping
         if self.active is None:
             self.damping = damping
             return coefficient

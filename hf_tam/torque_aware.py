@@ -98,7 +98,7 @@ class TorqueAware(Optimizer):
         return self._telemetry.read_skipped()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step. No communication: tensors are whole in this version.
 
         Args:
@@ -115,8 +115,9 @@ class TorqueAware(Optimizer):
         self._advance()
         return loss
 
-    # Scalars are Python numbers on the host, so tracing would specialise on every learning rate.
-    @torch.compiler.disable
+    # Under torch.compile(optimizer.step) this part runs as it is: the fused kernels are opaque to a compiler, and reading
+    # scalars on the host would break the graph at every tensor and recompile at every new learning rate.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
         params = list(self._params())
         reducer = select_reducer(params, self._owned)
