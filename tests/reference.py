@@ -130,8 +130,7 @@ class ReferenceOptimizer:
             )
         if not effective or effective[0][0].group["scope"] == "tensor":
             return [cosine_of(*entry) for entry in sums]
-        exploring = [entry for (state, _), entry in zip(effective, sums, strict=True) if self._torque_is_active(state)]
-        shared = cosine_of(*(sum(column) for column in zip(*exploring, strict=True))) if exploring else 0.0
+        shared = cosine_of(*(sum(column) for column in zip(*sums, strict=True)))
         return [shared for _ in sums]
 
     def _momentum(self, state: ReferenceState) -> Tensor:

@@ -475,6 +475,6 @@ def test_the_inputs_of_torchs_own_tests(backend):
 
 
 def test_public_names():
-    for name in ("AdaTAMW", "AdaTAM", "TAM", "export_adamw_state_dict"):
+    for name in ("AdaTAMW", "AdaTAM", "TAM", "export_torch_state_dict"):
         assert name in hf_tam.__all__
         assert hasattr(hf_tam, name)

@@ -1,0 +1,532 @@
+"""State that is saved and loaded: ours, torch's, and what must be refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import hf_tam
+from tests.cases import backends_of
+from tests.reference import real_f64
+from tests.running import first_moment
+from tests.test_properties import EVERY_BACKEND, fresh_parameters, make
+from tests.test_torch_contract import NAMES, assert_bitwise, set_gradients, walk
+
+ADAM_BACKENDS = pytest.mark.parametrize("backend", backends_of("AdaTAMW"))
+TORCH_BACKENDS = pytest.mark.parametrize(
+    "torch_backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["single", "foreach", "fused"]
+)
+
+
+def through_a_file(state_dict):
+    """What a resume reads: no code, no objects but tensors and primitives."""
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def clones(parameters):
+    return [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+
+
+@pytest.fixture
+def silent():
+    """Correct use warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# --- ours ----------------------------------------------------------------------------------------------------------
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.usefixtures("silent")
+def test_resume_is_bit_identical(name, backend, dtype):
+    """16-bit parameters too: torque, step and scale stay fp32, with every bit."""
+    parameters = fresh_parameters(dtype=dtype)
+    options = {"lr": 0.01, "gamma": 0.8} if name == "TAM" else {"lr": 0.01, "gamma": 0.8, "eps": 1e-4}
+    optimizer = make(name, parameters, backend, **options)
+    walk(optimizer, parameters, range(5))
+    saved = through_a_file(optimizer.state_dict())
+    resumed_parameters = clones(parameters)
+    resumed = make(name, resumed_parameters, backend, **options)
+    resumed.load_state_dict(saved)
+    assert_bitwise(optimizer, parameters, resumed, resumed_parameters)
+    for parameter in resumed_parameters:
+        assert resumed.state[parameter]["torque"].dtype == torch.float32
+        assert float(resumed.state[parameter]["torque"]) != 0
+    walk(optimizer, parameters, range(5, 10))
+    walk(resumed, resumed_parameters, range(5, 10))
+    assert_bitwise(optimizer, parameters, resumed, resumed_parameters)
+
+
+@NAMES
+@pytest.mark.usefixtures("silent")
+def test_large_step_counts_survive_16_bits(name):
+    """A cast to bf16 would turn 1000001 into 999424."""
+    parameters = fresh_parameters(dtype=torch.bfloat16)
+    optimizer = make(name, parameters)
+    walk(optimizer, parameters, [0])
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["step"].fill_(1_000_001)
+    optimizer.load_state_dict(through_a_file(saved))
+    assert all(float(optimizer.state[parameter]["step"]) == 1_000_001 for parameter in parameters)
+
+
+@NAMES
+def test_loading_copies(name):
+    """The optimizer that saved and the one that loaded share no tensor."""
+    parameters = fresh_parameters()
+    optimizer = make(name, parameters)
+    walk(optimizer, parameters, range(2))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    twins = clones(parameters)
+    twin = make(name, twins)
+    twin.load_state_dict(saved)
+    walk(twin, twins, range(2, 4))
+    for index, state in kept["state"].items():
+        assert all(torch.equal(saved["state"][index][key], value) for key, value in state.items())
+
+
+@NAMES
+@pytest.mark.usefixtures("silent")
+def test_before_the_first_step(name):
+    parameters = fresh_parameters()
+    optimizer = make(name, parameters)
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    walk(optimizer, parameters, range(2))
+    twins = fresh_parameters()
+    twin = make(name, twins)
+    walk(twin, twins, range(2))
+    assert_bitwise(optimizer, parameters, twin, twins)
+
+
+@pytest.mark.parametrize("name", ["AdaTAMW", "AdaTAM"])
+@pytest.mark.parametrize("first", backends_of("AdaTAMW"))
+@ADAM_BACKENDS
+@pytest.mark.usefixtures("silent")
+def test_the_backend_stays_the_constructors(name, first, backend):
+    """A state saved by any backend goes on in any other (tolerance: the backends' own), which keeps its flags."""
+    parameters = fresh_parameters()
+    saver = make(name, parameters, first)
+    walk(saver, parameters, range(5))
+    twins = clones(parameters)
+    loader = make(name, twins, backend)
+    flags = {key: loader.param_groups[0][key] for key in ("foreach", "fused", "capturable")}
+    loader.load_state_dict(through_a_file(saver.state_dict()))
+    assert {key: loader.param_groups[0][key] for key in flags} == flags
+    walk(saver, parameters, range(5, 10))
+    walk(loader, twins, range(5, 10))
+    for mine, their in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_BACKEND
+@pytest.mark.usefixtures("silent")
+def test_complex_and_strided_state(name, backend):
+    """Layout and complex dtype come back, and the run goes on bit for bit."""
+
+    def build():
+        torch.manual_seed(3)
+        return [
+            nn.Parameter(torch.randn(3, 4, dtype=torch.complex64)),
+            nn.Parameter(torch.randn(5, 4).t()),
+            nn.Parameter(torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)),
+            nn.Parameter(torch.randn(0)),
+        ]
+
+    parameters = build()
+    optimizer = make(name, parameters, backend)
+    walk(optimizer, parameters, range(3))
+    twins = build()
+    for twin, parameter in zip(twins, parameters, strict=True):
+        twin.data.copy_(parameter.data)
+    resumed = make(name, twins, backend)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    walk(optimizer, parameters, range(3, 6))
+    walk(resumed, twins, range(3, 6))
+    assert_bitwise(optimizer, parameters, resumed, twins)
+
+
+# --- hyperparameters -----------------------------------------------------------------------------------------------
+
+CHANGED = [
+    ("lr", 1e-3, 5e-4),
+    ("weight_decay", 0.1, 0.0),
+    ("gamma", 0.9, 0.5),
+    ("damping_eps", 1e-8, 0.1),
+    ("scope", "tensor", "model"),
+    ("step_size", None, "paper"),
+    ("torque_steps", None, 7),
+    ("nonfinite", "skip", "raise"),
+    ("maximize", False, True),
+]
+
+
+@NAMES
+@pytest.mark.parametrize(("key", "saved", "requested"), CHANGED, ids=[key for key, _, _ in CHANGED])
+def test_a_saved_hyperparameter_that_overrides_warns(name, key, saved, requested):
+    """As in torch the saved value wins, but not without a word that names it and both values."""
+    if key == "step_size":
+        saved = "sgd" if name == "TAM" else "adamw"
+    parameters = fresh_parameters()
+    optimizer = make(name, parameters, **{key: saved})
+    walk(optimizer, parameters, range(2))
+    resumed = make(name, clones(parameters), **{key: requested})
+    with pytest.warns(UserWarning, match=key) as caught:
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    text = str(caught[0].message)
+    assert str(saved) in text
+    assert str(requested) in text
+    assert resumed.param_groups[0][key] == saved
+
+
+@pytest.mark.parametrize(("key", "saved", "requested"), [("betas", (0.9, 0.99), (0.8, 0.99)), ("eps", 1e-8, 1e-6)])
+def test_a_saved_adam_hyperparameter_that_overrides_warns(key, saved, requested):
+    parameters = fresh_parameters()
+    optimizer = make("AdaTAMW", parameters, **{key: saved})
+    walk(optimizer, parameters, range(2))
+    resumed = make("AdaTAMW", clones(parameters), **{key: requested})
+    with pytest.warns(UserWarning, match=key):
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert tuple(resumed.param_groups[0][key]) == saved if key == "betas" else resumed.param_groups[0][key] == saved
+
+
+def _cosine(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def _one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=30)
+
+
+@NAMES
+@pytest.mark.parametrize("schedule", [_cosine, _one_cycle])
+@pytest.mark.parametrize("scheduler_first", [True, False])
+@pytest.mark.parametrize("tensor_lr", [True, False])
+@pytest.mark.usefixtures("silent")
+def test_a_plain_resume_is_silent(name, schedule, scheduler_first, tensor_lr):
+    """The schedule has moved lr (and betas) away from the constructor's: that is no surprise to anybody."""
+
+    def build(parameters):
+        lr = torch.tensor(0.01) if tensor_lr else 0.01
+        groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0, "lr": 0.02}]
+        return make(name, groups, lr=lr, weight_decay=0.1)
+
+    parameters = fresh_parameters()
+    optimizer = build(parameters)
+    scheduler = schedule(optimizer)
+    for seed in range(6):
+        walk(optimizer, parameters, [seed])
+        scheduler.step()
+    saved, saved_scheduler = through_a_file(optimizer.state_dict()), scheduler.state_dict()
+    twins = clones(parameters)
+    resumed = build(twins)
+    if scheduler_first:
+        resumed_scheduler = schedule(resumed)
+        resumed.load_state_dict(saved)
+    else:
+        resumed.load_state_dict(saved)
+        resumed_scheduler = None
+    assert float(resumed.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
+    if resumed_scheduler is not None:
+        resumed_scheduler.load_state_dict(saved_scheduler)
+        for seed in range(6, 9):
+            for each, its_parameters, its_scheduler in (
+                (optimizer, parameters, scheduler),
+                (resumed, twins, resumed_scheduler),
+            ):
+                walk(each, its_parameters, [seed])
+                its_scheduler.step()
+        assert_bitwise(optimizer, parameters, resumed, twins)
+
+
+# --- torch's -------------------------------------------------------------------------------------------------------
+
+
+def _torch_adamw(steps=5, **options):
+    parameters = fresh_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, **options)
+    walk(optimizer, parameters, range(steps))
+    return optimizer, parameters
+
+
+@TORCH_BACKENDS
+@ADAM_BACKENDS
+@pytest.mark.usefixtures("silent")
+def test_adamw_state_loads_exactly(torch_backend, backend):
+    """Every moment to the last bit, the torque at 0, our own hyperparameters the constructor's."""
+    theirs, parameters = _torch_adamw(**torch_backend)
+    mine = clones(parameters)
+    ours = make("AdaTAMW", mine, backend, lr=0.01, gamma=0.5, damping_eps=0.25, torque_steps=99)
+    flags = {key: ours.param_groups[0][key] for key in ("foreach", "fused", "capturable")}
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    for parameter, their in zip(mine, parameters, strict=True):
+        state, expected = ours.state[parameter], theirs.state[their]
+        assert torch.equal(first_moment(state), real_f64(expected["exp_avg"]))
+        assert torch.equal(state["exp_avg_sq"], expected["exp_avg_sq"])
+        assert float(state["step"]) == 5
+        assert float(state["torque"]) == 0
+        assert state["torque"].dtype == torch.float32
+    (group,) = ours.param_groups
+    assert {key: group[key] for key in flags} == flags
+    assert (group["gamma"], group["damping_eps"], group["torque_steps"]) == (0.5, 0.25, 99)
+    assert (group["scope"], group["step_size"], group["nonfinite"]) == ("tensor", "adamw", "skip")
+
+
+@TORCH_BACKENDS
+@ADAM_BACKENDS
+@pytest.mark.usefixtures("silent")
+def test_adamw_goes_on_as_adamw(torch_backend, backend):
+    """Held neutral, what was loaded continues torch's run (tolerance: rounding of ten steps)."""
+    theirs, parameters = _torch_adamw(**torch_backend)
+    mine = clones(parameters)
+    ours = make("AdaTAMW", mine, backend, lr=0.01, gamma=1.0, damping_eps=0.0)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    walk(ours, mine, range(5, 15))
+    walk(theirs, parameters, range(5, 15))
+    for parameter, their in zip(mine, parameters, strict=True):
+        torch.testing.assert_close(parameter, their, rtol=2e-6, atol=1e-6)
+
+
+@TORCH_BACKENDS
+@ADAM_BACKENDS
+@pytest.mark.usefixtures("silent")
+def test_export_right_after_loading_is_the_same_state(torch_backend, backend):
+    """There and back: torch's optimizer cannot tell, and goes on bit for bit."""
+    theirs, parameters = _torch_adamw(**torch_backend)
+    ours = make("AdaTAMW", clones(parameters), backend, lr=0.01)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    exported = through_a_file(hf_tam.export_torch_state_dict(ours))
+    original = theirs.state_dict()
+    assert exported["state"].keys() == original["state"].keys()
+    for index, state in original["state"].items():
+        assert exported["state"][index].keys() == state.keys()
+        for key, value in state.items():
+            assert torch.equal(exported["state"][index][key], value), key
+            assert exported["state"][index][key].dtype == value.dtype, key
+    assert exported["param_groups"][0].keys() == original["param_groups"][0].keys()
+    back = clones(parameters)
+    again = torch.optim.AdamW(back, lr=0.01, **torch_backend)
+    again.load_state_dict(exported)
+    again.param_groups[0].update(torch_backend)
+    for key in ("foreach", "fused"):
+        again.param_groups[0][key] = theirs.param_groups[0][key]
+    walk(again, back, range(5, 8))
+    walk(theirs, parameters, range(5, 8))
+    assert all(torch.equal(left, right) for left, right in zip(back, parameters, strict=True))
+
+
+@ADAM_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("silent")
+def test_export_after_our_own_steps(backend, dtype):
+    """exp_avg is AdamW's again, in AdamW's dtype, and the optimizer that was exported is left alone."""
+    parameters = fresh_parameters(dtype=dtype)
+    groups = [{"params": parameters[:1], "lr": 0.02, "betas": (0.8, 0.9)}, {"params": parameters[1:]}]
+    ours = make("AdaTAMW", groups, backend, lr=0.01)
+    walk(ours, parameters, range(5))
+    before = copy.deepcopy(ours.state_dict())
+    exported = hf_tam.export_torch_state_dict(ours)
+    theirs = torch.optim.AdamW([{"params": clones(parameters[:1])}, {"params": clones(parameters[1:])}])
+    theirs.load_state_dict(through_a_file(exported))
+    copied = [parameter for group in theirs.param_groups for parameter in group["params"]]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]  # one rounding
+    for parameter, their in zip(parameters, copied, strict=True):
+        state = theirs.state[their]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        torch.testing.assert_close(
+            real_f64(state["exp_avg"]), first_moment(ours.state[parameter]), rtol=tolerance, atol=0
+        )
+        assert torch.equal(state["exp_avg_sq"], ours.state[parameter]["exp_avg_sq"])
+        assert float(state["step"]) == 5
+    assert theirs.param_groups[0]["lr"] == 0.02
+    assert tuple(theirs.param_groups[0]["betas"]) == (0.8, 0.9)
+    walk(theirs, copied, range(5, 7))
+    after = ours.state_dict()
+    for index, state in before["state"].items():
+        assert all(torch.equal(after["state"][index][key], value) for key, value in state.items())
+
+
+def test_adamw_state_of_old_torch():
+    """Before 1.12 `step` was a Python number."""
+    theirs, parameters = _torch_adamw()
+    saved = theirs.state_dict()
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+    mine = clones(parameters)
+    ours = make("AdaTAMW", mine, lr=0.01)
+    ours.load_state_dict(saved)
+    walk(ours, mine, [5])
+    assert all(float(ours.state[parameter]["step"]) == 6 for parameter in mine)
+
+
+def test_adamw_state_in_bf16():
+    """torch keeps bf16 moments there; they load exactly, and torque and scale are fp32 all the same."""
+    parameters = fresh_parameters(dtype=torch.bfloat16)
+    theirs = torch.optim.AdamW(parameters, lr=0.01)
+    walk(theirs, parameters, range(4))
+    mine = clones(parameters)
+    ours = make("AdaTAMW", mine, lr=0.01)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    for parameter, their in zip(mine, parameters, strict=True):
+        assert torch.equal(first_moment(ours.state[parameter]), real_f64(theirs.state[their]["exp_avg"]))
+        assert ours.state[parameter]["torque"].dtype == torch.float32
+        assert ours.state[parameter]["exp_avg_scale"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("torch_foreach", [False, True])
+@pytest.mark.parametrize("backend", backends_of("TAM"))
+@pytest.mark.usefixtures("silent")
+def test_sgd_state_loads_exactly(torch_foreach, backend):
+    parameters = fresh_parameters()
+    theirs = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=torch_foreach)
+    walk(theirs, parameters, range(5))
+    mine = clones(parameters)
+    ours = make("TAM", mine, backend, lr=0.01, gamma=1.0, damping_eps=0.0)
+    flag = ours.param_groups[0]["foreach"]
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert ours.param_groups[0]["foreach"] == flag
+    for parameter, their in zip(mine, parameters, strict=True):
+        assert torch.equal(ours.state[parameter]["momentum_buffer"], theirs.state[their]["momentum_buffer"])
+        assert float(ours.state[parameter]["torque"]) == 0
+    walk(ours, mine, range(5, 10))
+    walk(theirs, parameters, range(5, 10))
+    for parameter, their in zip(mine, parameters, strict=True):
+        torch.testing.assert_close(parameter, their, rtol=2e-6, atol=1e-6)
+
+
+# --- what must be refused ------------------------------------------------------------------------------------------
+
+
+def _named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    return model, list(model.parameters())
+
+
+def _other_states():
+    return [
+        ("AdaTAMW", lambda p: torch.optim.Adagrad(p)),
+        ("AdaTAMW", lambda p: torch.optim.RMSprop(p, momentum=0.9)),
+        ("AdaTAMW", lambda p: torch.optim.SGD(p, momentum=0.9)),
+        ("AdaTAMW", lambda p: torch.optim.Adamax(p)),
+        ("AdaTAMW", lambda p: hf_tam.TAM(p)),
+        ("AdaTAM", lambda p: torch.optim.SGD(p, momentum=0.9)),
+        ("TAM", lambda p: torch.optim.AdamW(p)),
+        ("TAM", lambda p: torch.optim.Adagrad(p)),
+        ("TAM", lambda p: hf_tam.AdaTAMW(p)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "other"), _other_states())
+def test_another_optimizers_state(name, other):
+    model, parameters = _named()
+    saver = other(clones(parameters))
+    walk(saver, saver.param_groups[0]["params"], range(2))
+    optimizer = make(name, model.named_parameters())
+    with pytest.raises(ValueError, match="state"):
+        optimizer.load_state_dict(through_a_file(saver.state_dict()))
+    walk(optimizer, parameters, [0])  # it was left usable
+    assert all(float(optimizer.state[parameter]["step"]) == 1 for parameter in parameters)
+
+
+@pytest.mark.parametrize("torch_class", [torch.optim.AdamW, torch.optim.Adam])
+def test_amsgrad_is_refused(torch_class):
+    parameters = fresh_parameters()
+    theirs = torch_class(parameters, amsgrad=True)
+    walk(theirs, parameters, range(2))
+    ours = make("AdaTAMW", clones(parameters))
+    with pytest.raises(ValueError, match="amsgrad"):
+        ours.load_state_dict(theirs.state_dict())
+
+
+@NAMES
+@pytest.mark.parametrize("named", [True, False])
+def test_wrong_shapes_name_the_parameter(name, named):
+    """The second weight is transposed in the checkpoint; nothing is loaded."""
+    model, parameters = _named()
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(2, 4))
+    with torch.no_grad():
+        other[1].bias = nn.Parameter(torch.zeros(2))
+    saver = make(name, other.parameters())
+    walk(saver, list(other.parameters()), range(2))
+    optimizer = make(name, model.named_parameters() if named else model.parameters())
+    with pytest.raises(ValueError, match=r"1\.weight" if named else r"\b2\b") as caught:
+        optimizer.load_state_dict(through_a_file(saver.state_dict()))
+    assert "2, 4" in str(caught.value)
+    assert "4, 2" in str(caught.value)
+    assert not any(optimizer.state.get(parameter) for parameter in parameters)
+
+
+@NAMES
+def test_wrong_shapes_of_torchs_state(name):
+    model, _ = _named()
+    twin = torch.optim.SGD if name == "TAM" else torch.optim.AdamW
+    other = [nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,), (2, 4), (2,))]
+    saver = twin(other, momentum=0.9) if name == "TAM" else twin(other)
+    walk(saver, other, range(2))
+    optimizer = make(name, model.named_parameters())
+    with pytest.raises(ValueError, match=r"0\.bias"):
+        optimizer.load_state_dict(through_a_file(saver.state_dict()))
+
+
+@NAMES
+def test_wrong_group_sizes(name):
+    """torch's own words."""
+    parameters = fresh_parameters()
+    saver = make(name, parameters)
+    walk(saver, parameters, [0])
+    fewer = make(name, clones(parameters)[:2])
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        fewer.load_state_dict(saver.state_dict())
+    split = make(name, [{"params": [parameter]} for parameter in clones(parameters)])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        split.load_state_dict(saver.state_dict())
+
+
+@NAMES
+@pytest.mark.parametrize("missing", ["torque", "step"])
+def test_a_state_of_ours_with_a_missing_scalar(name, missing):
+    """`torque` is filled with 0, as for AdamW's state; `step` decides bias correction and cannot be guessed."""
+    parameters = fresh_parameters()
+    saver = make(name, parameters)
+    walk(saver, parameters, range(3))
+    saved = through_a_file(saver.state_dict())
+    for state in saved["state"].values():
+        del state[missing]
+    optimizer = make(name, clones(parameters))
+    if missing == "step" and name != "TAM":
+        with pytest.raises(ValueError, match="step"):
+            optimizer.load_state_dict(saved)
+        return
+    optimizer.load_state_dict(saved)
+    for parameter in optimizer.param_groups[0]["params"]:
+        assert float(optimizer.state[parameter][missing]) == 0
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@NAMES
+@pytest.mark.usefixtures("silent")
+def test_a_parameter_without_state(name, frozen):
+    """One that never had a gradient is absent from the checkpoint, and stays fresh."""
+    parameters = fresh_parameters()
+    optimizer = make(name, parameters)
+    set_gradients(parameters, 1)
+    parameters[frozen].grad = None
+    optimizer.step()
+    twins = clones(parameters)
+    resumed = make(name, twins)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    walk(optimizer, parameters, range(2, 4))
+    walk(resumed, twins, range(2, 4))
+    assert_bitwise(optimizer, parameters, resumed, twins)
