@@ -13,8 +13,10 @@ HOOK_NAME = "hf_tam_autoload.pth"
 HOOK_TEXT = """\
 # Written by `hf-tam activate`; `hf-tam deactivate` removes it, HF_TAM_AUTOLOAD=0 switches it off for one process.
 # When a program imports transformers, this makes --optim adatamw, adatam and tam known to it.
-import importlib.util, os; \
-os.environ.get("HF_TAM_AUTOLOAD") != "0" and importlib.util.find_spec("hf_tam") and __import__("hf_tam")
+import os, sys; \
+os.environ.get("HF_TAM_AUTOLOAD") != "0" \
+and any(finder.find_spec("hf_tam", None) for finder in sys.meta_path) \
+and __import__("hf_tam")
 """
 
 

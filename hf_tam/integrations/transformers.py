@@ -107,7 +107,7 @@ def _extend_training_arguments(module: ModuleType) -> None:
             registered_names.append(name)
     patched.append("OptimizerNames")
     for method in ("__post_init__", "set_optimizer"):
-        _wrap(module.TrainingArguments, method, after=lambda args: check_arguments(args))
+        _wrap(module.TrainingArguments, method, after=lambda args, /, *_, **__: check_arguments(args))
 
 
 def _add_member(names: Any, value: str) -> None:

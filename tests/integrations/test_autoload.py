@@ -1,0 +1,118 @@
+"""The lazy hook: what it waits for, what it costs, and the sitecustomize that carries it to children."""
+
+import os
+import statistics
+import sys
+import time
+
+import pytest
+
+from hf_tam.integrations import autoload
+from tests.integrations.launching import run_successfully
+
+
+@pytest.fixture
+def module_folder(tmp_path, monkeypatch):
+    (tmp_path / "awaited_module.py").write_text("VALUE = 1\n")
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('broken')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("awaited_module", "broken_module"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    modules = []
+    hook = autoload.PostImportHook(["awaited_module", "broken_module", "missing_module"], modules.append)
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    return modules
+
+
+@pytest.mark.usefixtures("module_folder")
+class TestPostImportHook:
+    def test_calls_back_once_with_the_executed_module(self, seen):
+        import awaited_module
+
+        assert seen == [awaited_module]
+        assert awaited_module.VALUE == 1
+        assert "exec_module" not in vars(awaited_module.__loader__), "the loader is left as it was"
+        del sys.modules["awaited_module"]
+        import awaited_module as again
+
+        assert seen == [awaited_module]
+        assert again is not awaited_module
+
+    def test_a_failed_import_stays_the_error_it_was(self, seen):
+        with pytest.raises(RuntimeError, match="broken"):
+            import broken_module  # noqa: F401
+        with pytest.raises(ModuleNotFoundError, match="missing_module"):
+            import missing_module  # noqa: F401
+        assert seen == []
+
+
+def test_environment_of_children():
+    changed = {"PYTHONPATH": "before"}
+    autoload.extend_to_children(changed)
+    autoload.extend_to_children(changed)
+    assert changed["PYTHONPATH"] == autoload.SITE_FOLDER + os.pathsep + "before"
+    assert changed[autoload.ANNOUNCE_VARIABLE] == "1"
+    empty = {}
+    autoload.extend_to_children(empty)
+    assert empty["PYTHONPATH"] == autoload.SITE_FOLDER
+
+
+LIGHT = """
+import sys
+before = set(sys.modules)
+import hf_tam
+loaded = set(sys.modules) - before
+print(sorted(name for name in loaded if not name.startswith("hf_tam")))
+print(any(type(finder).__name__ == "PostImportHook" for finder in sys.meta_path))
+"""
+
+
+def test_importing_hf_tam_imports_neither_torch_nor_transformers():
+    """Nor `typing`, which is slow to import: only `__future__` and what Python has loaded anyway."""
+    loaded, hooked = run_successfully([sys.executable, "-c", LIGHT]).splitlines()
+    assert set(eval(loaded)) <= {"__future__"}
+    assert hooked == "True"
+
+
+def test_a_python_that_never_imports_transformers_pays_under_5_ms():
+    """The difference of medians of interleaved starts: noise hits both alike."""
+    plain, hooked = [], []
+    for _ in range(15):
+        for durations, statement in ((plain, "pass"), (hooked, "import hf_tam")):
+            start = time.perf_counter()
+            run_successfully([sys.executable, "-c", statement])
+            durations.append(time.perf_counter() - start)
+    assert statistics.median(hooked) - statistics.median(plain) < 0.005
+
+
+SITE_CUSTOMIZE = "import os\nos.environ['OTHER_RAN'] = os.environ.get('OTHER_RAN', '') + 'x'\n"
+PROBE = "import os, sys; print(os.environ.get('OTHER_RAN'), sys.modules['sitecustomize'].__file__, 'hf_tam' in sys.modules)"
+
+
+class TestSitecustomize:
+    def start(self, *more, **changes):
+        changed = dict(changes)
+        autoload.extend_to_children(changed)
+        return run_successfully([sys.executable, *more, "-c", PROBE], **changed).split()
+
+    def test_chains_to_the_next_one(self, tmp_path):
+        (tmp_path / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
+        assert self.start(PYTHONPATH=str(tmp_path)) == ["x", str(tmp_path / "sitecustomize.py"), "True"]
+
+    def test_stands_alone(self):
+        assert self.start() == ["None", os.path.join(autoload.SITE_FOLDER, "sitecustomize.py"), "True"]
+
+    def test_kill_switch(self):
+        assert self.start(HF_TAM_AUTOLOAD="0")[2] == "False"
+
+    def test_a_python_without_hf_tam_starts_in_silence(self):
+        """-S leaves site-packages out; the sitecustomize is then imported by hand."""
+        changed = {}
+        autoload.extend_to_children(changed)
+        statement = "import sitecustomize, sys; print('hf_tam' in sys.modules)"
+        output = run_successfully([sys.executable, "-S", "-P", "-c", statement], **changed, PWD="/")
+        assert output.split() == ["False"]

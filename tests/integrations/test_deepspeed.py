@@ -1,0 +1,52 @@
+"""DeepSpeed settings that would train another optimizer, silently, are refused by name."""
+
+import json
+
+import pytest
+
+import hf_tam  # noqa: F401
+from hf_tam.integrations.deepspeed import refuse_swap_in_config
+
+BLOCK = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 2}}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BLOCK, ['"optimizer" block', "AdamW", "--optim adatamw", "remove it"]),
+        (OFFLOAD, ['"zero_force_ds_cpu_optimizer": false', "DeepSpeedCPUAdam", "--optim adatamw"]),
+        (OFFLOAD | {"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer"]),
+    ],
+)
+def test_a_swap_is_refused(config, words):
+    with pytest.raises(ValueError, match="would replace") as caught:
+        refuse_swap_in_config(config, optim="adatamw")
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": None}},
+        OFFLOAD | {"zero_force_ds_cpu_optimizer": False},
+    ],
+)
+def test_what_keeps_the_optimizer_is_accepted(config):
+    refuse_swap_in_config(config, optim="adatamw")
+
+
+@pytest.mark.parametrize("config", [BLOCK, OFFLOAD])
+def test_training_arguments_refuse_before_training(tmp_path, config, monkeypatch):
+    pytest.importorskip("deepspeed")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(config | {"train_micro_batch_size_per_gpu": "auto"}))
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False}
+    with pytest.raises(ValueError, match="would replace --optim adatamw"):
+        transformers.TrainingArguments(optim="adatamw", deepspeed=str(path), **options)
+    transformers.TrainingArguments(optim="adamw_torch", deepspeed=str(path), **options)

@@ -1,0 +1,203 @@
+"""Every way of launching, on a script that knows nothing of hf_tam."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.launching import (
+    HF_TAM_COMMAND,
+    UNTOUCHED_SCRIPT,
+    assert_adatamw_trained,
+    run,
+    run_successfully,
+    script_arguments,
+)
+
+REGISTERED = "--optim adatamw (AdaTAMW), --optim adatam (AdaTAM), --optim tam (TAM)"
+
+
+def test_without_hf_tam_the_script_refuses_the_name(tmp_path):
+    """The control: what makes the other tests pass is hf_tam, not the script."""
+    completed = run([sys.executable, UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
+    assert completed.returncode != 0
+    assert "invalid choice: 'adatamw'" in completed.stdout
+
+
+def test_python_m(tmp_path):
+    output = run_successfully([sys.executable, "-m", "hf_tam", UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
+    assert_adatamw_trained(tmp_path)
+    assert output.count(REGISTERED) == 1
+
+
+def test_accelerate_launch(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    run_successfully([*launcher, "-m", "hf_tam", UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
+    assert_adatamw_trained(tmp_path)
+
+
+@pytest.mark.distributed
+def test_torchrun(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    backend = ["--ddp_backend", "gloo", "--per_device_train_batch_size", "4"]
+    output = run_successfully(
+        [*launcher, "-m", "hf_tam", UNTOUCHED_SCRIPT, *script_arguments(tmp_path, *backend)],
+        ACCELERATE_USE_CPU="true",
+    )
+    assert_adatamw_trained(tmp_path, world_size=2)
+    assert output.count(REGISTERED) == 1
+
+
+def test_hf_tam_run_reaches_children_and_the_next_sitecustomize(tmp_path):
+    """The command is a shell: the Python that trains is its child. Another sitecustomize on PYTHONPATH still runs."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text("import os\nos.environ['OTHER_RAN'] = '1'\n")
+    command = [sys.executable, str(UNTOUCHED_SCRIPT), *script_arguments(tmp_path)]
+    shell = subprocess.list2cmdline(command).replace("(", "\\(")
+    check = f"{sys.executable} -c \"import os; assert os.environ['OTHER_RAN']\""
+    output = run_successfully([*HF_TAM_COMMAND, "run", "--", "sh", "-c", f"{check} && {shell}"], PYTHONPATH=str(other))
+    assert_adatamw_trained(tmp_path)
+    assert output.count(REGISTERED) == 1
+
+
+def test_notebook(tmp_path):
+    """Cells run in one namespace, the second one starts processes that unpickle a function of the first."""
+    cells = [
+        "import sys\nfrom transformers import TrainingArguments, Trainer\nimport hf_tam",
+        f"sys.path.insert(0, {str(UNTOUCHED_SCRIPT.parent)!r})\nimport untouched, accelerate",
+        f"def train():\n    sys.argv = ['cell', *{script_arguments(tmp_path)!r}]\n    untouched.main()",
+        "accelerate.notebook_launcher(train, num_processes=1)",
+    ]
+    shell = f"namespace = {{'__name__': '__main__'}}\nfor cell in {cells!r}:\n    exec(cell, namespace)"
+    run_successfully([sys.executable, "-c", shell])
+    assert_adatamw_trained(tmp_path)
+
+
+SPAWNING_SCRIPT = """
+import json
+import multiprocessing
+import pickle
+import sys
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainingArguments
+
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+
+def parse_in_child(rank, queue):
+    queue.put(str(TrainingArguments("unused", optim="adatamw", use_cpu=True).optim))
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=parse_in_child, args=(0, queue))
+    process.start()
+    from_child = queue.get(timeout=100)
+    process.join(timeout=60)
+    loaded = [int(item) for item in DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn")]
+    again = pickle.loads(pickle.dumps(Numbers()))
+    print(json.dumps({"child": from_child, "loaded": loaded, "pickled": len(again), "argv": sys.argv[1:]}))
+"""
+
+
+def test_spawned_processes_of_a_script_know_its_classes_and_the_names(tmp_path):
+    script = tmp_path / "spawning.py"
+    script.write_text(SPAWNING_SCRIPT)
+    output = run_successfully([sys.executable, "-m", "hf_tam", script, "--flag"])
+    report = json.loads(output.splitlines()[-1])
+    assert report == {"child": "adatamw", "loaded": [0, 1, 2, 3], "pickled": 4, "argv": ["--flag"]}
+
+
+def test_trl_sft(tmp_path):
+    """`trl sft` checks its arguments in one process and trains in a child that it launches with accelerate."""
+    pytest.importorskip("trl")
+    model, data, output_dir = tmp_path / "model", tmp_path / "data", tmp_path / "out"
+    _write_tiny_model(model)
+    data.mkdir()
+    rows = [{"prompt": f"count {number}", "completion": f" {number} {number + 1}"} for number in range(16)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trl = Path(sys.executable).with_name("trl")
+    arguments = [
+        "--model_name_or_path", model, "--dataset_name", data, "--output_dir", output_dir, "--optim", "adatamw",
+        "--optim_args", "gamma=0.8", "--max_steps", "3", "--save_steps", "3", "--use_cpu", "true", "--bf16", "false",
+        "--report_to", "none", "--num_processes", "1", "--per_device_train_batch_size", "2",
+    ]  # fmt: skip
+    output = run_successfully([*HF_TAM_COMMAND, "run", "--", trl, "sft", *arguments], ACCELERATE_USE_CPU="true")
+    import torch
+
+    saved = torch.load(output_dir / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    torques = {float(entry["torque"]) for entry in saved["state"].values()}
+    assert saved["param_groups"][0]["gamma"] == 0.8
+    assert len(torques) > 5
+    assert output.count(REGISTERED) == 1
+
+
+def _write_tiny_model(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.integrations.untouched import tiny_llama
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "count", *map(str, range(20))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
+
+
+class TestActivated:
+    """An environment of its own, with this one's packages: activate must write to the running one only."""
+
+    @pytest.fixture(scope="class")
+    def python(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("activated")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+        python = folder / "bin" / "python"
+        (site_packages,) = folder.glob("lib/python*/site-packages")
+        packages = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
+        (site_packages / "parent.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in packages))
+        # "hf_tam" itself may be installed as a link to its source tree.
+        import hf_tam
+
+        (site_packages / "a_source.pth").write_text(f"{Path(hf_tam.__file__).parents[1]}\n")
+        run_successfully([python, *HF_TAM_COMMAND[1:], "activate"])
+        return python
+
+    def test_a_plain_script_trains(self, python, tmp_path):
+        run_successfully([python, UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
+        assert_adatamw_trained(tmp_path)
+
+    def test_kill_switch_status_and_deactivation(self, python):
+        probe = [python, "-c", "import sys; print('hf_tam' in sys.modules)"]
+        assert run_successfully(probe).strip() == "True"
+        assert run_successfully(probe, HF_TAM_AUTOLOAD="0").strip() == "False"
+        assert "activated: yes" in run_successfully([python, *HF_TAM_COMMAND[1:], "status"])
+        assert "removed" in run_successfully([python, *HF_TAM_COMMAND[1:], "deactivate"])
+        assert run_successfully(probe).strip() == "False"
+        assert "not active" in run_successfully([python, *HF_TAM_COMMAND[1:], "deactivate"])
+
+
+def test_help_of_the_script_lists_the_names():
+    output = run_successfully([sys.executable, "-m", "hf_tam", UNTOUCHED_SCRIPT, "--help"], COLUMNS="200")
+    assert "adatamw,adatam,tam}" in output.replace(" ", "").replace(os.linesep, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["missing.py"]])
+def test_python_m_without_a_script_says_how_to_use_it(arguments):
+    completed = run([sys.executable, "-m", "hf_tam", *arguments])
+    assert completed.returncode == 1
+    assert "usage: python -m hf_tam SCRIPT" in completed.stdout

@@ -1,0 +1,155 @@
+"""Harmed and half-written checkpoints: one error that names the file and says what to do, never a fresh start."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint, require_resumable, write_checksums
+
+pytest.importorskip("transformers")
+
+from tests.integrations.test_trainer import make_trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder, save_strategy="steps", save_steps=2, max_steps=4).train()
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of a finished run with checkpoint-2 and checkpoint-4."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def resume(folder, checkpoint=True, **changes):
+    trainer = make_trainer(folder, max_steps=5, **changes)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace_by_older(path):
+    shutil.copy(path.parents[1] / "checkpoint-2" / path.name, path)
+
+
+HARM = {
+    "optimizer missing": ("optimizer.pt", Path.unlink, "is missing, so the optimizer would start afresh"),
+    "scheduler missing": ("scheduler.pt", Path.unlink, "is missing, so the optimizer would start afresh"),
+    "optimizer cut off": ("optimizer.pt", cut_off, "is cut off"),
+    "optimizer empty": ("optimizer.pt", lambda path: path.write_bytes(b""), "is cut off"),
+    "bit flipped early": ("optimizer.pt", lambda path: flip_a_bit(path, 0.2), "SHA-256 differs"),
+    "bit flipped in a number": ("optimizer.pt", lambda path: flip_a_bit(path, 0.6), "SHA-256 differs"),
+    "scheduler's bit flipped": ("scheduler.pt", lambda path: flip_a_bit(path, 0.5), "SHA-256 differs"),
+    "of another step": ("optimizer.pt", replace_by_older, "SHA-256 differs"),
+    "state missing": ("trainer_state.json", Path.unlink, "is missing or cut off"),
+    "state cut off": ("trainer_state.json", cut_off, "is missing or cut off"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_harm_is_found_before_anything_is_loaded(run_folder, harm):
+    name, inflict, words = HARM[harm]
+    path = run_folder / "checkpoint-4" / name
+    inflict(path)
+    with pytest.raises(ValueError, match=words) as caught:
+        resume(run_folder)
+    assert str(path) in str(caught.value)
+
+
+def test_the_error_names_the_checkpoint_to_go_on_from(run_folder):
+    (run_folder / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="Delete the folder and resume from") as caught:
+        resume(run_folder)
+    assert str(run_folder / "checkpoint-2") in str(caught.value)
+    assert resume(run_folder, str(run_folder / "checkpoint-2")).state.global_step == 5
+
+
+def test_a_save_killed_at_any_moment_is_refused(run_folder):
+    """The files in the order in which the Trainer writes them, each one cut off in its turn."""
+    source, target = run_folder / "checkpoint-4", run_folder / "checkpoint-6"
+    files = sorted((path for path in source.iterdir()), key=lambda path: path.stat().st_mtime_ns)
+    assert files[-1].name == "trainer_state.json"
+    target.mkdir()
+    for path in files:
+        (target / path.name).write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match="is missing or cut off"):
+            require_resumable(target, sharded=False, weights_only_wanted=False)
+        assert last_complete_checkpoint(run_folder) == source
+        shutil.copy(path, target)
+    require_resumable(target, sharded=False, weights_only_wanted=False)
+    assert last_complete_checkpoint(run_folder) == target
+
+
+def test_without_checksums_a_checkpoint_is_accepted_unless_it_is_cut_off(run_folder):
+    (run_folder / "checkpoint-4" / "optimizer.sha256").unlink()
+    assert resume(run_folder).state.global_step == 5
+    cut_off(run_folder / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"optimizer\.pt is cut off"):
+        resume(run_folder, str(run_folder / "checkpoint-4"))
+
+
+def test_other_optimizers_keep_the_behaviour_of_the_trainer(run_folder):
+    (run_folder / "checkpoint-4" / "optimizer.pt").unlink()
+    assert resume(run_folder, optim="adamw_torch").state.global_step == 5
+
+
+class Explosive:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def test_a_pickle_that_runs_code_is_refused(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    checkpoint = run_folder / "checkpoint-4"
+    torch.save({"state": {0: {"step": Explosive()}}, "param_groups": []}, checkpoint / "optimizer.pt")
+    write_checksums(checkpoint)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        resume(run_folder)
+    assert not (run_folder / "exploded").exists()
+
+
+def test_checksums_are_those_of_sha256sum(run_folder):
+    lines = (run_folder / "checkpoint-4" / "optimizer.sha256").read_text().splitlines()
+    expected = {name: _digest(run_folder / "checkpoint-4" / name) for name in ("optimizer.pt", "scheduler.pt")}
+    assert lines == [f"{digest}  {name}" for name, digest in expected.items()]
+    if shutil.which("sha256sum"):
+        command = ["sha256sum", "--check", "optimizer.sha256"]
+        subprocess.run(command, check=True, cwd=run_folder / "checkpoint-4", timeout=30)
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_checkpoints_of_a_sharding_strategy_need_the_state_file_only(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({}))
+    require_resumable(tmp_path, sharded=True, weights_only_wanted=False)
+    write_checksums(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trainer_state.json"]
+
+
+def test_last_complete_checkpoint_counts_in_numbers_and_ignores_other_folders(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "missing") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-11").mkdir()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
