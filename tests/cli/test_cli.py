@@ -58,7 +58,7 @@ def test_an_environment_that_cannot_be_written_is_an_error(tmp_path, monkeypatch
 def test_a_hook_that_outlives_hf_tam_is_silent(tmp_path):
     (tmp_path / activate.HOOK_NAME).write_text(activate.HOOK_TEXT)
     program = f"import site, sys; site.addsitedir({str(tmp_path)!r}); print('hf_tam' in sys.modules)"
-    assert run_successfully([sys.executable, "-S", "-P", "-c", program], PWD="/").split() == ["False"]
+    assert run_successfully([sys.executable, "-S", "-c", program], PWD="/").split() == ["False"]
 
 
 def test_status(monkeypatch, capsys):

@@ -90,7 +90,10 @@ def test_a_python_that_never_imports_transformers_pays_under_5_ms():
 
 
 SITE_CUSTOMIZE = "import os\nos.environ['OTHER_RAN'] = os.environ.get('OTHER_RAN', '') + 'x'\n"
-PROBE = "import os, sys; print(os.environ.get('OTHER_RAN'), sys.modules['sitecustomize'].__file__, 'hf_tam' in sys.modules)"
+PROBE = """
+import os, sys
+print(os.environ.get("OTHER_RAN"), sys.modules["sitecustomize"].__file__, "hf_tam" in sys.modules)
+"""
 
 
 class TestSitecustomize:
@@ -114,5 +117,5 @@ class TestSitecustomize:
         changed = {}
         autoload.extend_to_children(changed)
         statement = "import sitecustomize, sys; print('hf_tam' in sys.modules)"
-        output = run_successfully([sys.executable, "-S", "-P", "-c", statement], **changed, PWD="/")
+        output = run_successfully([sys.executable, "-S", "-c", statement], **changed, PWD="/")
         assert output.split() == ["False"]

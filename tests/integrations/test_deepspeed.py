@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 import hf_tam  # noqa: F401
 from hf_tam.integrations.deepspeed import refuse_swap_in_config
@@ -42,11 +43,10 @@ def test_what_keeps_the_optimizer_is_accepted(config):
 @pytest.mark.parametrize("config", [BLOCK, OFFLOAD])
 def test_training_arguments_refuse_before_training(tmp_path, config, monkeypatch):
     pytest.importorskip("deepspeed")
-    transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(config | {"train_micro_batch_size_per_gpu": "auto"}))
     options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False}
     with pytest.raises(ValueError, match="would replace --optim adatamw"):
-        transformers.TrainingArguments(optim="adatamw", deepspeed=str(path), **options)
-    transformers.TrainingArguments(optim="adamw_torch", deepspeed=str(path), **options)
+        TrainingArguments(optim="adatamw", deepspeed=str(path), **options)
+    TrainingArguments(optim="adamw_torch", deepspeed=str(path), **options)

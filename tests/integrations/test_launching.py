@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import hf_tam
 from tests.integrations.launching import (
     HF_TAM_COMMAND,
     UNTOUCHED_SCRIPT,
@@ -16,6 +20,7 @@ from tests.integrations.launching import (
     run_successfully,
     script_arguments,
 )
+from tests.integrations.untouched import tiny_llama
 
 REGISTERED = "--optim adatamw (AdaTAMW), --optim adatam (AdaTAM), --optim tam (TAM)"
 
@@ -136,8 +141,6 @@ def test_trl_sft(tmp_path):
         "--report_to", "none", "--num_processes", "1", "--per_device_train_batch_size", "2",
     ]  # fmt: skip
     output = run_successfully([*HF_TAM_COMMAND, "run", "--", trl, "sft", *arguments], ACCELERATE_USE_CPU="true")
-    import torch
-
     saved = torch.load(output_dir / "checkpoint-3" / "optimizer.pt", weights_only=True)
     torques = {float(entry["torque"]) for entry in saved["state"].values()}
     assert saved["param_groups"][0]["gamma"] == 0.8
@@ -146,11 +149,6 @@ def test_trl_sft(tmp_path):
 
 
 def _write_tiny_model(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.integrations.untouched import tiny_llama
-
     words = ["<pad>", "<s>", "</s>", "<unk>", "count", *map(str, range(20))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -171,8 +169,6 @@ class TestActivated:
         packages = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
         (site_packages / "parent.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in packages))
         # "hf_tam" itself may be installed as a link to its source tree.
-        import hf_tam
-
         (site_packages / "a_source.pth").write_text(f"{Path(hf_tam.__file__).parents[1]}\n")
         run_successfully([python, *HF_TAM_COMMAND[1:], "activate"])
         return python

@@ -11,9 +11,6 @@ import pytest
 import torch
 
 from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint, require_resumable, write_checksums
-
-pytest.importorskip("transformers")
-
 from tests.integrations.test_trainer import make_trainer
 
 

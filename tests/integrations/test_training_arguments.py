@@ -7,14 +7,13 @@ import pickle
 import sys
 
 import pytest
+import torch
 import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import hf_tam  # noqa: F401  (what a user writes)
 from tests.integrations.launching import run_successfully
-
-transformers = pytest.importorskip("transformers")
-HfArgumentParser, OptimizerNames = transformers.HfArgumentParser, transformers.training_args.OptimizerNames
-Seq2SeqTrainingArguments, TrainingArguments = transformers.Seq2SeqTrainingArguments, transformers.TrainingArguments
 
 NAMES = ["adatamw", "adatam", "tam"]
 
@@ -128,8 +127,6 @@ print(Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(sys.argv[2], optim=
 
 
 def test_training_args_bin_loads_without_hf_tam_and_hf_tam_may_come_last(tmp_path):
-    import torch
-
     path = tmp_path / "training_args.bin"
     torch.save(arguments(tmp_path, optim_args="gamma=0.5"), path)
     output = run_successfully([sys.executable, "-c", PLAIN_READER, path, tmp_path / "out"])
