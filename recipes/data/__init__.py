@@ -1,0 +1,1 @@
+"""The embedded default data, written for this project and generated deterministically."""

@@ -1,0 +1,124 @@
+"""The arguments of the recipes that transformers' TrainingArguments does not have."""
+
+from dataclasses import dataclass, field
+
+DEMO = "demo"
+
+
+@dataclass
+class RunArguments:
+    """How a run starts, and where it writes."""
+
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file of arguments, named as the flags are; any flag overrides it."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Go on although output_dir is not empty; the checkpoints and metrics in it are removed."},
+    )
+    metrics_file: str | None = field(
+        default=None, metadata={"help": "Where to log metrics, as JSON lines. Default: output_dir/metrics.jsonl."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": f"Folder or hub name of the model; '{DEMO}' builds the small demo model."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
+
+
+@dataclass
+class LoraArguments:
+    """What is trained: an adapter, or with `full` the whole model."""
+
+    full: bool = field(default=False, metadata={"help": "Train every parameter instead of a LoRA adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the layers to adapt; all-linear: every linear layer but the output layer."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout = {self.lora_dropout}: must be in [0, 1).")
+
+
+@dataclass
+class DatasetArguments:
+    """Where records come from; each recipe adds the columns it reads."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": f"Hub name or folder of a dataset; '{DEMO}' is the embedded one."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Training data: .jsonl, .json, .csv, .parquet."})
+    validation_file: str | None = field(default=None, metadata={"help": "Data evaluated on during training."})
+    validation_fraction: float = field(
+        default=0.0, metadata={"help": "Without a validation_file: the share of the training data to hold out."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many records, drawn by the seed."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many records at most."})
+    max_length: int = field(default=512, metadata={"help": "Longest text in tokens; what is over is cut and counted."})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ValueError: an argument is out of its range, or two of them exclude each other.
+        """
+        if self.dataset_name and self.train_file:
+            raise ValueError("dataset_name and train_file exclude each other: name one source of training data.")
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ValueError(f"validation_fraction = {self.validation_fraction}: must be in [0, 1).")
+        for name in ("max_train_samples", "max_eval_samples", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1.")
+
+
+@dataclass
+class SftDataArguments(DatasetArguments):
+    """Columns of the records for supervised fine-tuning."""
+
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Without a validation_file: the share of the training data to hold out."}
+    )
+    messages_column: str | None = field(default=None, metadata={"help": "Column of chats. Default: messages."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts. Default: prompt."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of completions. Default: completion."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column of plain text. Default: text."})
+    num_sample_generations: int = field(
+        default=3, metadata={"help": "How many held-out prompts to complete before and after training."}
+    )
+
+
+@dataclass
+class ClassifyDataArguments(DatasetArguments):
+    """Columns of the records for text classification."""
+
+    test_file: str | None = field(default=None, metadata={"help": "Data for the final accuracy."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label, a name or a number."})
+    max_length: int = field(default=64, metadata={"help": "Longest text in tokens; what is over is cut and counted."})

@@ -1,0 +1,73 @@
+"""Records of a text and a label, as token ids and class indices."""
+
+from collections import Counter
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from recipes.support.arguments import ClassifyDataArguments
+from recipes.support.errors import RecipeError
+from recipes.support.records import Records
+
+
+def check_records(records: Records, data: ClassifyDataArguments) -> None:
+    """Check that every record has a text and a label.
+
+    Raises:
+        RecipeError: naming the column, or the first bad record and its line.
+    """
+    records.require_columns(("text_column", data.text_column), ("label_column", data.label_column))
+    for index, text in enumerate(records.dataset[data.text_column]):
+        if not isinstance(text, str) or not text.strip():
+            raise RecipeError(f"{records.locate(index)}: '{data.text_column}' must be text, not {text!r}.")
+    for index, label in enumerate(records.dataset[data.label_column]):
+        if label is None or label == "":
+            raise RecipeError(f"{records.locate(index)}: '{data.label_column}' is missing.")
+
+
+def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:
+    """Return the classes, sorted, or in the order in which the dataset itself declares them.
+
+    Raises:
+        RecipeError: there are fewer than two.
+    """
+    feature = train.dataset.features[data.label_column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    labels = set(train.dataset[data.label_column])
+    # Numbers sort as numbers: 10 comes after 9.
+    names = [str(label) for label in sorted(labels, key=lambda label: (isinstance(label, str), label))]
+    if len(names) < 2:
+        raise RecipeError(f"{train.source}: '{data.label_column}' has the single value {names[0]!r}: nothing to tell apart.")
+    return names
+
+
+def encode_records(
+    records: Records, data: ClassifyDataArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
+) -> tuple[Dataset, int]:
+    """Tokenise, without padding: batches are padded to their own longest text.
+
+    Returns:
+        A dataset of `input_ids`, `attention_mask` and `labels`, and how many texts were cut to `max_length`.
+
+    Raises:
+        RecipeError: a record has a label that the training data does not have.
+    """
+    feature = records.dataset.features[data.label_column]
+    index_of = {name: index for index, name in enumerate(names)}
+    labels = []
+    for index, label in enumerate(records.dataset[data.label_column]):
+        name = feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
+        if name not in index_of:
+            raise RecipeError(f"{records.locate(index)}: the label {name!r} does not occur in the training data.")
+        labels.append(index_of[name])
+    texts = list(records.dataset[data.text_column])
+    lengths = map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"])
+    encoded: dict[str, Any] = dict(tokenizer(texts, truncation=True, max_length=data.max_length))
+    return Dataset.from_dict({**encoded, "labels": labels}), sum(length > data.max_length for length in lengths)
+
+
+def most_frequent_share(dataset: Dataset) -> float:
+    """Return the accuracy of always answering the most frequent class."""
+    return max(Counter(dataset["labels"]).values()) / len(dataset)

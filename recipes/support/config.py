@@ -1,0 +1,102 @@
+"""One parser for a recipe: defaults, then a YAML file, then flags."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# A run that names none of these is the demo.
+_INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file")
+
+
+class RecipeParser(HfArgumentParser):
+    """HfArgumentParser that answers a mistake with one line, not with the usage of 150 flags."""
+
+    def __init__(self, dataclass_types: list[type], *, prog: str, description: str) -> None:
+        usage = f"{prog} [--config FILE.yaml] [--flag value ...]"
+        super().__init__(dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message alone and exit with argparse's status, 2."""
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+    @property
+    def field_names(self) -> list[str]:
+        """Every argument that a flag or a YAML file may set."""
+        fields = [field for dataclass in self.dataclass_types for field in dataclasses.fields(dataclass)]
+        return [field.name for field in fields if field.init]
+
+
+def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config: Path) -> tuple[Any, ...]:
+    """Parse `argv` over the YAML file it names; with no model, data or file named, over the demo's.
+
+    The file is turned into flags that stand before the user's own, so both are checked by the same parser and the
+    later one wins.
+
+    Returns:
+        One instance of each dataclass of the parser, in its order.
+    """
+    named = _named_inputs(argv)
+    config = named.pop("config") or (None if any(named.values()) else demo_config)
+    try:
+        file_flags = flags_from_yaml(Path(config), known=parser.field_names) if config else []
+        *arguments, unknown = parser.parse_args_into_dataclasses(
+            [*file_flags, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        parser.error(f"unknown argument {flag}{_nearest(flag.lstrip('-').replace('-', '_'), parser.field_names, '--')}")
+    return tuple(arguments)
+
+
+def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
+    """Read a YAML mapping as command-line flags.
+
+    Raises:
+        ValueError: the file is missing, is no flat mapping, or has a key that no flag has.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of arguments, not {type(content).__name__}")
+    flags = []
+    for key, value in content.items():
+        if key not in known or key == "config":
+            raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), known)}")
+        flags += _as_flags(key, value)
+    return flags
+
+
+def _named_inputs(argv: list[str]) -> dict[str, str | None]:
+    """Which of the inputs `argv` names, whatever else it holds."""
+    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in _INPUT_FLAGS:
+        scanner.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
+    return vars(scanner.parse_known_args(argv)[0])
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    """One YAML entry as flags; null leaves the default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""

@@ -1,0 +1,79 @@
+"""Models and tokenizers by name, and the adapter on top."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.support.arguments import LoraArguments, ModelArguments
+from recipes.support.errors import RecipeError
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; padding falls to the end-of-text token where it has none of its own.
+
+    Raises:
+        RecipeError: no model was named, or it is neither a folder nor to be had from the hub.
+    """
+    if not arguments.model_name_or_path:
+        raise RecipeError(
+            "no model: data was named, so the demo model does not step in."
+            " Give --model_name_or_path FOLDER_OR_NAME ('demo' asks for the demo model)."
+        )
+    tokenizer = _load(AutoTokenizer, arguments)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(auto_class: Any, arguments: ModelArguments, **config_changes: Any) -> PreTrainedModel:
+    """Load a model by one of transformers' Auto classes; `config_changes` are written into its configuration.
+
+    Raises:
+        RecipeError: it is neither a folder nor to be had from the hub.
+    """
+    config = _load(AutoConfig, arguments)
+    for name, value in config_changes.items():
+        setattr(config, name, value)
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    return _load(auto_class, arguments, config=config, dtype=dtype)
+
+
+def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType) -> Any:
+    """Put a LoRA adapter on `model`, or return it as it is for full fine-tuning.
+
+    Raises:
+        RecipeError: the model has no layer of the names given.
+    """
+    if arguments.full:
+        return model
+    targets = arguments.lora_target_modules
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type=task,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"lora_target_modules = {' '.join(targets)}: {' '.join(str(error).split())}") from error
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many there are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _load(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:
+    name = arguments.model_name_or_path
+    try:
+        return auto_class.from_pretrained(name, revision=arguments.model_revision, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"model '{name}' cannot be loaded: {reason} Without a network, give the folder of a downloaded model."
+        ) from error

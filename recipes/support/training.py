@@ -1,0 +1,86 @@
+"""One way to run a Trainer: resumable, interruptible, and clear when the disk fills up."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from recipes.support.arguments import RunArguments
+from recipes.support.checkpoints import ManifestCallback, checkpoint_to_resume, newest_whole_checkpoint
+from recipes.support.errors import RecipeError
+from recipes.support.interruption import InterruptionCallback
+from recipes.support.output import METRICS_NAME, check_output_directory, check_writable, remove_earlier_run
+from recipes.support.reporting import MetricsFileCallback
+
+
+def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
+    """Check output directory and checkpoint before anything slow is done; return the checkpoint to resume from.
+
+    Raises:
+        RecipeError: the run cannot start, and why.
+    """
+    output_dir = Path(training.output_dir)
+    wants_resume = (training.resume_from_checkpoint or "false").lower() != "false"
+    if wants_resume and run.overwrite:
+        raise RecipeError("overwrite and resume_from_checkpoint exclude each other: replace the run, or continue it.")
+    check_output_directory(output_dir, overwrite=run.overwrite, resuming=wants_resume)
+    return checkpoint_to_resume(training.resume_from_checkpoint, output_dir)
+
+
+def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> dict[str, Any]:
+    """Train, and return the Trainer's metrics; a signal ends the process here, after a checkpoint.
+
+    Raises:
+        RecipeError: the disk filled up.
+        SystemExit: 128 + signal after Ctrl-C or SIGTERM, as a shell reports them, so that nothing that waits for a
+            finished run goes on.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    interruption = InterruptionCallback()
+    for callback in (interruption, ManifestCallback(), MetricsFileCallback(metrics_path(run, output_dir))):
+        trainer.add_callback(callback)
+    if run.overwrite and trainer.is_world_process_zero():
+        remove_earlier_run(output_dir)
+    try:
+        metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
+    except Exception as error:
+        raise_if_disk_is_the_cause(output_dir, error)
+        raise
+    finally:
+        interruption.restore_handlers()
+    if interruption.received:
+        _leave(interruption.received, trainer)
+    return metrics
+
+
+def metrics_path(run: RunArguments, output_dir: Path) -> Path:
+    """Where the metrics of this run are logged."""
+    return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
+
+
+def raise_if_disk_is_the_cause(output_dir: Path, error: Exception) -> None:
+    """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
+
+    Raises:
+        RecipeError: nothing can be written to `output_dir` any more.
+    """
+    try:
+        check_writable(output_dir)
+    except RecipeError as cause:
+        whole = newest_whole_checkpoint(output_dir)
+        remedy = f"make room and resume from {whole}" if whole else "no checkpoint had been written"
+        raise RecipeError(f"{cause} Training stopped: {remedy}.") from error
+
+
+def _leave(number: int, trainer: Trainer) -> None:
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        print(
+            f"{signal.Signals(number).name}: stopped after step {trainer.state.global_step} of"
+            f" {trainer.state.max_steps}; checkpoint written: {folder}\n"
+            "To continue, run the same command with --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
+    sys.exit(128 + number)
