@@ -188,7 +188,7 @@ class Case:
     missing: Selection = never
     broken: Selection = never
     schedule: Schedule = constant
-    steps: int = 25
+    steps: int = 16
     tensor_lr: bool = False
 
     def __str__(self) -> str:
@@ -378,3 +378,8 @@ TAM_BACKENDS: Mapping[str, Mapping[str, bool]] = {
 
 def backends_of(optimizer: str) -> Mapping[str, Mapping[str, bool]]:
     return TAM_BACKENDS if optimizer == "TAM" else BACKENDS
+
+
+def takes_tensor_lr(optimizer: str, backend: str) -> bool:
+    """torch's AdamW refuses a tensor lr for foreach without capturable, and so do AdaTAMW and AdaTAM."""
+    return backend != "foreach" or optimizer == "TAM"

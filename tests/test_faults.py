@@ -158,7 +158,7 @@ def test_sparse_gradient(name, backend):
     assert torch.equal(embedding.weight, before)
 
 
-# --- parameters that are not whole tensors in memory ------------------------------------------------------------------
+# --- parameters that are not whole tensors in memory -----------------------------------------------------------------
 
 
 def _zero_step(optimizer):
@@ -262,6 +262,15 @@ def test_a_plain_subclass_is_computed_correctly(name, backend, scope):
     torch.testing.assert_close(optimizer.torque_stats()["torque"], twin.torque_stats()["torque"], rtol=0, atol=1e-6)
 
 
+def _refusal(optimizer):
+    """The message of a refused step, empty if the step was taken."""
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as refusal:
+        return str(refusal)
+    return ""
+
+
 @EVERY_BACKEND
 def test_a_wrapper_subclass_is_refused_or_correct(name, backend):
     """Its own memory is empty: a raw write would be to nowhere."""
@@ -274,12 +283,11 @@ def test_a_wrapper_subclass_is_refused_or_correct(name, backend):
         gradient = plain[0].grad
         wrapped.grad = two_tensor.TwoTensor(gradient.clone(), gradient.clone())
         twin.step()
-        try:
-            optimizer.step()
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as refusal:
-            assert seed == 0
-            assert "TwoTensor" in str(refusal)
+        if seed == 0 and (refusal := _refusal(optimizer)):
+            assert "TwoTensor" in refusal
             return
+        if seed > 0:
+            optimizer.step()
     for part in (wrapped.a, wrapped.b):
         torch.testing.assert_close(part, plain[0].detach(), rtol=1e-6, atol=1e-6)
 

@@ -173,7 +173,7 @@ def test_propagate(name, backend, scope, bad):
 @pytest.mark.usefixtures("quiet")
 def test_skip_in_other_dtypes(name, backend, scope, dtype):
     parameters = [nn.Parameter(torch.ones(5, dtype=dtype)), nn.Parameter(torch.ones(3, dtype=dtype))]
-    optimizer = make(name, parameters, backend, scope=scope)
+    optimizer = make(name, parameters, backend, scope=scope, lr=0.1)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     parameters[0].grad[2] = complex(1.0, math.nan) if dtype.is_complex else math.nan

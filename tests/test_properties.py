@@ -78,10 +78,10 @@ def _assert_same_walk(ours, theirs, moves, seed):
 
 
 @ADAM_BACKENDS
-@SCOPES
-@pytest.mark.parametrize(("name", "twin"), [("AdaTAMW", torch.optim.AdamW), ("AdaTAM", torch.optim.Adam)])
-@settings(max_examples=5)
+@settings(max_examples=max(12, settings.default.max_examples))
 @given(
+    name=st.sampled_from(["AdaTAMW", "AdaTAM"]),
+    scope=st.sampled_from(["tensor", "model"]),
     lr=learning_rates,
     beta1=st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99)),
     beta2=st.tuples(st.floats(0.5, 0.999), st.floats(0.5, 0.999)),
@@ -91,11 +91,13 @@ def _assert_same_walk(ours, theirs, moves, seed):
     schedule=schedules,
     seed=st.integers(0, 1000),
 )
-def test_neutral_is_adamw(backend, scope, name, twin, lr, beta1, beta2, eps, weight_decay, maximize, schedule, seed):
+def test_neutral_is_adamw(backend, name, scope, lr, beta1, beta2, eps, weight_decay, maximize, schedule, seed):
+    """AdaTAMW is torch's AdamW and AdaTAM its Adam, through schedules of lr and both betas."""
     shared = {
         "lr": lr, "betas": (beta1[0], beta2[0]), "eps": eps, "weight_decay": weight_decay, "maximize": maximize
     }  # fmt: skip
     ours = make(name, fresh_parameters(), backend, gamma=1.0, damping_eps=0.0, scope=scope, **shared)
+    twin = torch.optim.AdamW if name == "AdaTAMW" else torch.optim.Adam
     theirs = twin(fresh_parameters(), foreach=False, fused=False, **shared)
 
     def moves(step):
@@ -107,9 +109,9 @@ def test_neutral_is_adamw(backend, scope, name, twin, lr, beta1, beta2, eps, wei
 
 
 @TAM_BACKENDS
-@SCOPES
-@settings(max_examples=5)
+@settings(max_examples=max(12, settings.default.max_examples))
 @given(
+    scope=st.sampled_from(["tensor", "model"]),
     lr=learning_rates,
     momentum=st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99)),
     weight_decay=decays,
@@ -196,9 +198,9 @@ def test_torque_does_not_depend_on_step_size(name, backend, scope):
 
 
 def _gradient(kind, momentum):
-    """Along the momentum, against it, or at a right angle to it; the momentum is not all zeros."""
+    """Along the momentum (of length 1, or both would grow without bound), against it, or at a right angle to it."""
     if kind == "aligned":
-        return momentum
+        return momentum / momentum.norm()
     if kind == "opposed":
         return -momentum
     noise = torch.randn(momentum.shape, dtype=torch.float64)
@@ -325,9 +327,13 @@ EXPONENTS = (-300, -45, -30, -20, -8, -4, 4, 8, 18, 30, 37, 300)
 
 @EVERY_BACKEND
 @SCOPES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:.*nonfinite")
 def test_any_scale_of_gradient(name, backend, scope, dtype):
-    """Never a NaN that torch would not have; the cosine stays in [-1, 1] and the torque finite."""
+    """Never a NaN (torch has none here either); the cosine stays in [-1, 1] and the torque finite.
+
+    Where |g|^2 overflows float64 a step may be skipped.
+    """
     largest = torch.finfo(dtype).max
     for exponent in (exponent for exponent in EXPONENTS if 10.0**exponent * 5 < largest):
         parameters = fresh_parameters(((6, 5), (7,)), dtype)
@@ -365,11 +371,11 @@ def test_nothing_left_of_any_gradient(backend, scope, step_size):
 
 @pytest.mark.parametrize(
     ("name", "backend", "steps"),
-    [("AdaTAMW", "default", 10_000), ("AdaTAMW", "foreach", 2_000), ("AdaTAMW", "single", 2_000),
-     ("AdaTAMW", "capturable", 2_000), ("TAM", "default", 2_000)],
+    [("AdaTAMW", "default", 10_000), ("AdaTAMW", "foreach", 1_000), ("AdaTAMW", "single", 1_000),
+     ("AdaTAMW", "capturable", 1_000), ("TAM", "default", 1_000)],
 )  # fmt: skip
 def test_nothing_grows(name, backend, steps):
-    parameters = fresh_parameters(((3,), (2, 2)))
+    parameters = fresh_parameters(((3,),))
     optimizer = make(name, parameters, backend)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)

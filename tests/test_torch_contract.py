@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hf_tam
-from tests.cases import backends_of
+from tests.cases import backends_of, takes_tensor_lr
 from tests.reference import ReferenceOptimizer, real_f64
 from tests.running import first_moment
 from tests.test_properties import EVERY_BACKEND, SCOPES, fresh_parameters, make
@@ -109,7 +109,7 @@ def test_gradients_are_left_alone(name, backend, maximize):
 
 @EVERY_BACKEND
 def test_autograd_notices_the_step(name, backend):
-    """A graph that saved the parameter must not be used after it changed."""
+    """A graph that saved the parameter must not be used after it changed (torch's fused kernels count no version)."""
     parameter = nn.Parameter(torch.ones(3))
     optimizer = make(name, [parameter], backend, lr=0.1)
     for _ in range(2):
@@ -230,17 +230,12 @@ def test_empty_group_is_legal(name):
 # --- learning rates ------------------------------------------------------------------------------------------------
 
 
-def _takes_tensor_lr(name, backend):
-    """torch's AdamW refuses it for foreach without capturable; so do AdaTAMW and AdaTAM."""
-    return backend != "foreach" or name == "TAM"
-
-
 @EVERY_BACKEND
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_tensor_learning_rate(name, backend, shape):
     """Equal to the float, moved in place by whoever holds the tensor, and never changed by the step."""
     lr = torch.full(shape, 0.25)
-    if not _takes_tensor_lr(name, backend):
+    if not takes_tensor_lr(name, backend):
         with pytest.raises(ValueError, match="lr as a Tensor is not supported for capturable=False and foreach=True"):
             make(name, fresh_parameters(), backend, lr=lr)
         return
@@ -417,7 +412,7 @@ class CountingBackend:
 @pytest.mark.parametrize(
     ("name", "backend", "tensor_lr"),
     [(name, backend, tensor_lr) for name in ("AdaTAMW", "AdaTAM", "TAM") for backend in backends_of(name)
-     for tensor_lr in (False, True) if _takes_tensor_lr(name, backend) or not tensor_lr],
+     for tensor_lr in (False, True) if takes_tensor_lr(name, backend) or not tensor_lr],
 )  # fmt: skip
 def test_compiled_step(name, backend, tensor_lr):
     """Ends where the eager step ends, and compiles nothing after the first steps while a scheduler moves lr."""
