@@ -26,7 +26,10 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: With the usage, if no script is named or the path is not a file.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    if not arguments:
         raise SystemExit(USAGE)
     script = os.path.abspath(arguments[0])
     if not os.path.isfile(script):

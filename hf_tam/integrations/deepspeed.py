@@ -6,26 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def refuse_optimizer_swap(args: Any) -> None:
-    """Refuse training arguments whose DeepSpeed configuration replaces the optimizer.
+def refuse_optimizer_swap(plugin: Any) -> None:
+    """Refuse a DeepSpeed configuration that replaces the optimizer.
 
     Args:
-        args: TrainingArguments after their `__post_init__`, where `deepspeed_plugin` is set if DeepSpeed is used.
+        plugin: accelerate's DeepSpeedPlugin, or None if DeepSpeed is not used.
 
     Raises:
         ValueError: Naming the block or the setting.
     """
-    plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
-        refuse_swap_in_config(plugin.hf_ds_config.config, optim=args.optim)
+        refuse_swap_in_config(plugin.hf_ds_config.config)
 
 
-def refuse_swap_in_config(config: Mapping[str, Any], *, optim: str) -> None:
-    """Refuse a DeepSpeed configuration that replaces the optimizer.
-
-    Args:
-        config: The DeepSpeed configuration as a dictionary.
-        optim: What the user asked for, for the message.
+def refuse_swap_in_config(config: Mapping[str, Any]) -> None:
+    """As `refuse_optimizer_swap`, for the configuration as a dictionary.
 
     Raises:
         ValueError: Naming the block or the setting.
@@ -33,11 +28,12 @@ def refuse_swap_in_config(config: Mapping[str, Any], *, optim: str) -> None:
     if "optimizer" in config:
         name = config["optimizer"].get("type", "unnamed")
         raise ValueError(
-            f'The "optimizer" block of the DeepSpeed configuration ({name}) would replace --optim {optim}: remove it.'
+            f'The "optimizer" block of the DeepSpeed configuration ({name}) would replace the optimizer of hf_tam '
+            "without a word: remove it."
         )
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
-            f'With "offload_optimizer" and "zero_force_ds_cpu_optimizer" (true by default) DeepSpeedCPUAdam would '
-            f'replace --optim {optim}: set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration.'
+            'With "offload_optimizer" and "zero_force_ds_cpu_optimizer" (true by default) DeepSpeedCPUAdam would '
+            'replace the optimizer of hf_tam: set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration.'
         )

@@ -12,11 +12,20 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 # Names that the Trainer gives its files. The state is the last one it writes.
 STATE_FILE = "trainer_state.json"
 RESUMED_FILES = ("optimizer.pt", "scheduler.pt")
 CHECKSUM_FILE = "optimizer.sha256"  # ours, in the format of sha256sum
+
+# Without these the Trainer would start a fresh optimizer; with DeepSpeed it looks for itself.
+Strategy = Literal["whole", "fsdp", "deepspeed"]
+_REQUIRED: dict[Strategy, tuple[str, ...]] = {
+    "whole": RESUMED_FILES,
+    "fsdp": ("optimizer*", "scheduler.pt"),
+    "deepspeed": (),
+}
 
 logger = logging.getLogger("hf_tam")
 
@@ -43,12 +52,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if _is_readable_json(steps[step])), None)
 
 
-def require_resumable(checkpoint: str | Path, *, sharded: bool, weights_only_wanted: bool) -> None:
+def require_resumable(checkpoint: str | Path, *, strategy: Strategy, weights_only_wanted: bool) -> None:
     """Refuse a checkpoint that would resume another run than the one that was saved.
 
     Args:
         checkpoint: A `checkpoint-STEP` folder.
-        sharded: Whether a strategy with files of its own (FSDP, DeepSpeed) loads the optimizer.
+        strategy: Who loads the optimizer: the Trainer, from one file; or FSDP or DeepSpeed, from files of their own.
         weights_only_wanted: Whether a checkpoint without an optimizer is accepted (the run has `save_only_model`).
 
     Raises:
@@ -60,17 +69,15 @@ def require_resumable(checkpoint: str | Path, *, sharded: bool, weights_only_wan
             f"{folder / STATE_FILE} is missing or cut off: this checkpoint was not written to its end. "
             f"{_earlier_checkpoint(folder)}"
         )
-    if sharded:
-        return
-    missing = [name for name in RESUMED_FILES if not (folder / name).is_file()]
-    if missing == list(RESUMED_FILES) and weights_only_wanted:
+    missing = [name for name in _REQUIRED[strategy] if not any(folder.glob(name))]
+    if missing and missing == list(_REQUIRED[strategy]) and weights_only_wanted:
         logger.warning("%s holds the model only: the optimizer and the schedule start afresh.", folder)
     elif missing:
         raise ValueError(
-            f"{folder / missing[0]} is missing, so the optimizer would start afresh. Resume from a complete "
-            "single-process checkpoint, or set save_only_model=True if a fresh optimizer is what you want."
+            f"{folder / missing[0]} is missing, so the optimizer would start afresh. Resume from a checkpoint of "
+            f"a run with the same kind of sharding (here: {strategy}), or set save_only_model=True if a fresh optimizer is what you want."
         )
-    else:
+    elif strategy == "whole":
         _require_unharmed(folder)
 
 

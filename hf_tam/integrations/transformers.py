@@ -18,7 +18,7 @@ from typing import Any
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
-from hf_tam.integrations.trainer_checkpoint import require_resumable, write_checksums
+from hf_tam.integrations.trainer_checkpoint import Strategy, require_resumable, write_checksums
 
 OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
@@ -77,7 +77,7 @@ def check_arguments(args: Any) -> None:
     args.optim = str.__str__(args.optim)
     args.optim_args = format_optim_args(parse_optim_args(args.optim, args.optim_args))
     _try_constructor(args)
-    refuse_optimizer_swap(args)
+    refuse_optimizer_swap(args.deepspeed_plugin)
 
 
 def _try_constructor(args: Any) -> None:
@@ -154,7 +154,7 @@ def _patch_trainer(module: ModuleType) -> None:
     trainer.get_optimizer_cls_and_kwargs = staticmethod(select_checked)
     patched.append("Trainer.get_optimizer_cls_and_kwargs")
     _wrap(trainer, "create_optimizer", after=_attach)
-    _wrap(trainer, "train", before=_check_resume)
+    _wrap(trainer, "train", before=_check_before_training)
     _wrap(trainer, "_save_optimizer_and_scheduler", after=_save_checksums)
     _announce()
 
@@ -177,16 +177,24 @@ def _attach(trainer: Any, model: Any = None) -> None:
         optimizer.attach(trainer.model if model is None else model)
 
 
-def _check_resume(trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> None:
-    if not resume_from_checkpoint or not _uses_ours(trainer):
+def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> None:
+    if not _uses_ours(trainer):
+        return
+    refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
+    if not resume_from_checkpoint:
         return
     from transformers.trainer_utils import get_last_checkpoint
 
     args = trainer.args
     checkpoint = get_last_checkpoint(args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if checkpoint is not None:  # otherwise the Trainer says that there is none
-        sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        require_resumable(checkpoint, sharded=sharded, weights_only_wanted=args.save_only_model)
+        require_resumable(checkpoint, strategy=_strategy(trainer), weights_only_wanted=args.save_only_model)
+
+
+def _strategy(trainer: Any) -> Strategy:
+    if trainer.is_deepspeed_enabled:
+        return "deepspeed"
+    return "fsdp" if trainer.is_fsdp_enabled else "whole"
 
 
 def _save_checksums(trainer: Any, output_dir: str) -> None:
@@ -237,19 +245,18 @@ def _defer(name: str) -> None:
 
 
 def _announce() -> None:
-    """Say once, on the first rank, what was registered; visibly below `hf-tam run` and `python -m hf_tam`."""
+    """Say on the first rank what was registered: at INFO, and below our launchers so that it is seen, once."""
     if os.environ.get("RANK", "0") != "0":
         return
-    if os.environ.get(ANNOUNCE_VARIABLE) == "1":
-        os.environ[ANNOUNCE_VARIABLE] = "0"  # the children of this process say nothing
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-    logger.info(
-        "hf_tam %s registered with transformers %s: %s",
-        version("hf_tam"),
-        version("transformers"),
-        ", ".join(f"--optim {name} ({OPTIMIZERS[name]})" for name in registered_names),
-    )
+    names = ", ".join(f"--optim {name} ({OPTIMIZERS[name]})" for name in registered_names)
+    line = f"hf_tam {version('hf_tam')} registered with transformers {version('transformers')}: {names or 'nothing'}"
+    launched = os.environ.get(ANNOUNCE_VARIABLE) == "1"
+    if launched:
+        os.environ[ANNOUNCE_VARIABLE] = "0"  # the children of this process need not repeat it
+    if launched and not logger.isEnabledFor(logging.INFO):
+        logging.StreamHandler().emit(logging.makeLogRecord({"msg": line}))
+    else:
+        logger.info(line)
 
 
 _STEPS: dict[str, Callable[[ModuleType], None]] = {

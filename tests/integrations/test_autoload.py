@@ -3,7 +3,6 @@
 import os
 import statistics
 import sys
-import time
 
 import pytest
 
@@ -78,15 +77,19 @@ def test_importing_hf_tam_imports_neither_torch_nor_transformers():
     assert hooked == "True"
 
 
-def test_a_python_that_never_imports_transformers_pays_under_5_ms():
-    """The difference of medians of interleaved starts: noise hits both alike."""
-    plain, hooked = [], []
-    for _ in range(15):
-        for durations, statement in ((plain, "pass"), (hooked, "import hf_tam")):
-            start = time.perf_counter()
-            run_successfully([sys.executable, "-c", statement])
-            durations.append(time.perf_counter() - start)
-    assert statistics.median(hooked) - statistics.median(plain) < 0.005
+TIMED = """
+import time
+start = time.perf_counter()
+import hf_tam
+print(time.perf_counter() - start)
+"""
+
+
+def test_a_python_that_never_imports_transformers_pays_under_5_ms(tmp_path):
+    """With cached bytecode, as an installed package has it; the median, since the machine may be busy."""
+    cached = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    seconds = [float(run_successfully([sys.executable, "-c", TIMED], **cached)) for _ in range(16)]
+    assert statistics.median(seconds[1:]) < 0.005
 
 
 SITE_CUSTOMIZE = "import os\nos.environ['OTHER_RAN'] = os.environ.get('OTHER_RAN', '') + 'x'\n"

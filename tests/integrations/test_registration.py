@@ -104,11 +104,19 @@ def test_a_transformers_without_its_optimizer_module_is_refused_before_a_name_is
     assert [name.value for name in Names] == ["sgd"]
 
 
-def test_only_the_first_rank_announces(monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "hf_tam"):
-        monkeypatch.setenv("RANK", "1")
+class TestAnnouncement:
+    def test_the_first_rank_logs_it(self, monkeypatch, caplog):
+        monkeypatch.delenv("HF_TAM_ANNOUNCE", raising=False)
+        monkeypatch.setattr(integration, "registered_names", ["tam"])
+        with caplog.at_level(logging.INFO, "hf_tam"):
+            for rank in ("1", "0"):
+                monkeypatch.setenv("RANK", rank)
+                integration._announce()
+        assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["--optim tam (TAM)"]
+
+    def test_a_launcher_makes_it_seen_once(self, monkeypatch, capsys):
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setenv("HF_TAM_ANNOUNCE", "1")
         integration._announce()
-        assert not caplog.records
-        monkeypatch.setenv("RANK", "0")
         integration._announce()
-    assert len(caplog.records) == 1
+        assert capsys.readouterr().err.count("registered with transformers") == 1

@@ -118,8 +118,9 @@ class TestArguments:
             Trainer.get_optimizer_cls_and_kwargs(args)
 
     def test_other_optimizers_still_get_theirs(self, tmp_path):
-        args = training_arguments(tmp_path, optim="sgd", optim_args="momentum=0.5")
-        assert Trainer.get_optimizer_cls_and_kwargs(args) == (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.5})
+        args = training_arguments(tmp_path, optim="rmsprop", optim_args="momentum=0.5")
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        assert (optimizer_class, kwargs["lr"]) == (torch.optim.RMSprop, 1e-2)
 
 
 class TestFeatures:

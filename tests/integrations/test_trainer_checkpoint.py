@@ -88,10 +88,10 @@ def test_a_save_killed_at_any_moment_is_refused(run_folder):
     for path in files:
         (target / path.name).write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match="is missing or cut off"):
-            require_resumable(target, sharded=False, weights_only_wanted=False)
+            require_resumable(target, strategy="whole", weights_only_wanted=False)
         assert last_complete_checkpoint(run_folder) == source
         shutil.copy(path, target)
-    require_resumable(target, sharded=False, weights_only_wanted=False)
+    require_resumable(target, strategy="whole", weights_only_wanted=False)
     assert last_complete_checkpoint(run_folder) == target
 
 
@@ -136,11 +136,19 @@ def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_checkpoints_of_a_sharding_strategy_need_the_state_file_only(tmp_path):
+def test_a_sharding_strategy_has_files_of_its_own(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({}))
-    require_resumable(tmp_path, sharded=True, weights_only_wanted=False)
+    require_resumable(tmp_path, strategy="deepspeed", weights_only_wanted=False)
+    with pytest.raises(ValueError, match=r"optimizer\* is missing.*here: fsdp"):
+        require_resumable(tmp_path, strategy="fsdp", weights_only_wanted=False)
+    require_resumable(tmp_path, strategy="fsdp", weights_only_wanted=True)
+    (tmp_path / "optimizer_0").mkdir()
+    (tmp_path / "scheduler.pt").touch()
+    require_resumable(tmp_path, strategy="fsdp", weights_only_wanted=False)
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing.*here: whole"):
+        require_resumable(tmp_path, strategy="whole", weights_only_wanted=False)
     write_checksums(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["trainer_state.json"]
+    assert not (tmp_path / "optimizer.sha256").exists()
 
 
 def test_last_complete_checkpoint_counts_in_numbers_and_ignores_other_folders(tmp_path):

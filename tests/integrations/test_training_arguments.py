@@ -49,7 +49,7 @@ def test_members_of_the_enum_are_ordinary_and_pickle_as_strings():
 
 
 @pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])
-def test_command_line_yaml_and_json(tmp_path, kind, capsys):
+def test_command_line_yaml_and_json(tmp_path, kind):
     parser = HfArgumentParser(kind)
     content = {"output_dir": str(tmp_path), "optim": "adatamw", "optim_args": "gamma=0.5,", "use_cpu": True}
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(content))
@@ -61,9 +61,8 @@ def test_command_line_yaml_and_json(tmp_path, kind, capsys):
         *parser.parse_json_file(tmp_path / "args.json"),
     ]
     assert [(args.optim, args.optim_args) for args in parsed] == [("adatamw", "gamma=0.5")] * 3
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    assert "adatamw,adatam,tam}" in "".join(capsys.readouterr().out.split())
+    # The first part of what --help prints; the rest of it cannot be formatted in transformers 5.2.
+    assert "adatamw,adatam,tam}" in "".join(parser.format_usage().split())
 
 
 @pytest.mark.parametrize("kind", ["SFTConfig", "DPOConfig"])
@@ -119,6 +118,12 @@ assert not [name for name in sys.modules if name.startswith("hf_tam.")]
 
 # ... and the other order of imports: transformers first, all of it loaded, then hf_tam.
 from transformers import Trainer, TrainingArguments
+try:
+    TrainingArguments(sys.argv[2], optim="adatamw", use_cpu=True)
+except ValueError as error:
+    assert "adatamw is not a valid OptimizerNames" in str(error)
+else:
+    raise AssertionError("it is not hf_tam that makes the name known")
 del sys.modules["hf_tam"]
 import hf_tam
 print(TrainingArguments(sys.argv[2], optim="adatamw", use_cpu=True).optim)
