@@ -17,7 +17,7 @@ if os.environ.get("HF_TAM_AUTOLOAD") != "0" and any(finder.find_spec("hf_tam", N
 
 _this_module = sys.modules.pop("sitecustomize")
 try:
-    import sitecustomize  # type: ignore[import-not-found]  # noqa: F401
+    __import__("sitecustomize")
 except ModuleNotFoundError as error:
     if error.name != "sitecustomize":
         raise
