@@ -15,7 +15,7 @@ from hf_tam.update import AdamCoefficients, SgdCoefficients
 
 # What a step that changes nothing looks like; `eps` keeps the denominator away from 0.
 _IDLE: dict[str, float] = {
-    "decay": 1.0, "first_weight": 0.0, "second_weight": 0.0, "eps": 1.0,
+    "decay": 1.0, "first_weight": 0.0, "second_decay": 1.0, "second_weight": 0.0, "eps": 1.0,
     "momentum": 1.0, "gain": 0.0, "step_size": 0.0,
 }  # fmt: skip
 
@@ -156,7 +156,7 @@ class Bucket:
         """Write a 1-D tensor back to the scalar states, except where the step is skipped."""
         if self.keep is not None:
             values = torch.where(self.keep, values, self.scalars[key])
-        torch._foreach_copy_([entry.state[key] for entry in self.entries], list(values.unbind()))
+        self.backend.write([entry.state[key] for entry in self.entries], values.unbind())
 
 
 def _gather(entries: list[Entry], key: str) -> Tensor:

@@ -140,6 +140,8 @@ def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
     """Whether a saved value replaces a requested one; a value that a scheduler moves is compared where it started."""
+    if key == "lr" and "max_lr" in saved:
+        return False  # OneCycleLR and CyclicLR set their own, whatever was requested
     if key == "lr" and "initial_lr" in saved:
         return bool(_plain(saved["initial_lr"]) != _plain(group.get("initial_lr", group["lr"])))
     scheduled = key in ("initial_lr", "max_lr", "min_lr", "param_names", "base_momentum", "max_momentum")
@@ -208,6 +210,8 @@ def _export_state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any
 def _export_group(group: dict[str, Any], optimizer: TorqueAware) -> dict[str, Any]:
     ours = ("gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite")
     exported = {key: value for key, value in group.items() if key not in ours}
+    # torch knows `capturable` on accelerators only; ours works everywhere.
+    exported["capturable"] &= any(param.device.type != "cpu" for param in optimizer._params())
     if "betas" in exported:
         return {
             **exported, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": not optimizer.coupled

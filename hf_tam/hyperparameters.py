@@ -38,9 +38,10 @@ def validate(hyperparameters: Mapping[str, Any]) -> None:
             _CHECKS[name](name, value)
     if hyperparameters.get("foreach") and hyperparameters.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    lr = hyperparameters.get("lr")
-    if isinstance(lr, Tensor) and hyperparameters.get("foreach") and not hyperparameters.get("capturable"):
-        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    if isinstance(hyperparameters.get("lr"), Tensor) and "betas" in hyperparameters:
+        # As torch.optim.AdamW; torch.optim.SGD, and so TAM, has no such limit.
+        if hyperparameters.get("foreach") and not hyperparameters.get("capturable"):
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
 
 
 def _refuse(name: str, value: object, accepted: str) -> None:

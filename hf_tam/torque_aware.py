@@ -115,8 +115,8 @@ class TorqueAware(Optimizer):
         self._advance()
         return loss
 
-    # Under torch.compile(optimizer.step) this part runs as it is: the fused kernels are opaque to a compiler, and reading
-    # scalars on the host would break the graph at every tensor and recompile at every new learning rate.
+    # Under torch.compile(optimizer.step) this part runs as it is: the fused kernels are opaque to a compiler, and
+    # reading scalars on the host would break the graph at every tensor and recompile at every new learning rate.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
         params = list(self._params())

@@ -104,6 +104,7 @@ class AdamCoefficients(NamedTuple):
 
     decay: Tensor
     first_weight: Tensor
+    second_decay: Tensor
     second_weight: Tensor
     step_size: Tensor
     eps: Tensor
@@ -151,6 +152,7 @@ def adam_coefficients(
     return AdamCoefficients(
         decay=ones * decay,
         first_weight=moment.weight,
+        second_decay=ones * beta2,
         second_weight=ones * (1.0 - beta2),
         step_size=lr * moment.scale * root / (1.0 - beta1**step) if corrected else lr * moment.scale,
         eps=eps * root,
@@ -165,6 +167,7 @@ def adam_step(
     *,
     decay: Scalar,
     first_weight: Scalar,
+    second_decay: Scalar,
     second_weight: Scalar,
     step_size: Scalar,
     eps: Scalar,
@@ -174,17 +177,18 @@ def adam_step(
     All four tensors have the same shape and any strides. fp16 and bf16 are computed in fp32 and rounded once.
     """
     if param.dtype in _LOW_PRECISION:
-        work = [tensor.float() for tensor in (param, exp_avg, exp_avg_sq)]
+        stored = (param, exp_avg, exp_avg_sq)
+        work = [tensor.float() for tensor in stored]
         adam_step(
-            work[0], grad.float(), work[1], work[2],
-            decay=decay, first_weight=first_weight, second_weight=second_weight, step_size=step_size, eps=eps,
+            work[0], grad.float(), work[1], work[2], decay=decay, first_weight=first_weight,
+            second_decay=second_decay, second_weight=second_weight, step_size=step_size, eps=eps,
         )  # fmt: skip
-        for tensor, result in zip((param, exp_avg, exp_avg_sq), work, strict=True):
+        for tensor, result in zip(stored, work, strict=True):
             tensor.copy_(result)
         return
     param.mul_(decay)
     exp_avg.lerp_(grad, first_weight)
-    exp_avg_sq.lerp_(grad.square(), second_weight)
+    exp_avg_sq.mul_(second_decay).add_(grad * second_weight * grad)
     param.sub_(exp_avg / (exp_avg_sq.sqrt() + eps) * step_size)
 
 

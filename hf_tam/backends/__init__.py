@@ -6,7 +6,7 @@
 | `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators |
 | `cpu` | chunks that stay in cache | torch's vectorised fused kernels | `fused=True`, and by default on the CPU |
 
-A backend is a module with the three functions of the `Backend` protocol. Nothing here communicates.
+A backend is a module with the functions of the `Backend` protocol. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class Backend(Protocol):
 
     def sgd(self, entries: Sequence[Entry], scalars: StepScalars) -> None:
         """`update.sgd_step` for every entry."""
+
+    def write(self, states: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Copy each 0-d value into the 0-d state of its tensor."""
 
 
 def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | None, on_host: bool) -> Backend:

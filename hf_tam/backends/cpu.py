@@ -17,17 +17,23 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
 from hf_tam.backends.entry import Entry, StepScalars
+from hf_tam.backends.foreach import write
 from hf_tam.update import accumulator_dtype
+
+__all__ = ["adam", "is_dense", "partial_sums", "sgd", "write"]
 
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and
 fp32 partial sums of this length are within 1e-7 of the fp64 ones (a whole torch.dot of 4e7 elements is off by
 7e-4)."""
 
-_KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_ADAM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+# torch 2.13's fused SGD kernel is wrong on the CPU in fp16 and bf16 from 16 elements on: off by 2 for values about 1.
+_SGD_DTYPES = frozenset({torch.float32, torch.float64})
 _SAFE_SQUARES = (1e-24, 1e36)
 """Sums of fp32 squares outside this range are taken again in fp64: they may have lost, or overflowed, a term."""
 
@@ -95,12 +101,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _fits_kernel(entry: Entry, grad: Tensor) -> bool:
+def _fits_kernel(entry: Entry, grad: Tensor, *, dtypes: frozenset[torch.dtype]) -> bool:
     param = entry.param
     others = [grad, entry.first] if entry.second is None else [grad, entry.first, entry.second]
     return (
         type(param) in (Tensor, torch.nn.Parameter)
-        and param.dtype in _KERNEL_DTYPES
+        and param.dtype in dtypes
         and is_dense(param)
         and all(other.dtype == param.dtype and other.stride() == param.stride() for other in others)
     )
@@ -121,15 +127,16 @@ def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
         row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
         beta1, step_size = 1.0 - row["first_weight"], row["step_size"]
         # A weight or step size of 0 leaves the kernel a 0/0 (decay / step_size, 1 - beta1^inf).
-        if beta1 == 1.0 or step_size == 0.0 or not _fits_kernel(entry, grad):
+        if beta1 == 1.0 or step_size == 0.0 or not _fits_kernel(entry, grad, dtypes=_ADAM_DTYPES):
             single.adam_tensor(entry, grad, scalars.row(position))
             continue
         assert entry.second is not None
         torch._fused_adamw_(
             [entry.param], [grad], [entry.first], [entry.second], [], [neutral_step],
-            amsgrad=False, maximize=False, lr=step_size, beta1=beta1, beta2=1.0 - row["second_weight"],
+            amsgrad=False, maximize=False, lr=step_size, beta1=beta1, beta2=row["second_decay"],
             weight_decay=(1.0 - row["decay"]) / step_size, eps=row["eps"],
         )  # fmt: skip
+        increment_version(entry.param)
 
 
 def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
@@ -137,7 +144,7 @@ def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     for position, entry in enumerate(entries):
         row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
         # Without momentum the kernel leaves the buffer, and with it the gain, aside.
-        if row["momentum"] == 0.0 or not _fits_kernel(entry, grad):
+        if row["momentum"] == 0.0 or not _fits_kernel(entry, grad, dtypes=_SGD_DTYPES):
             single.sgd_tensor(entry, grad, scalars.row(position))
             continue
         torch._fused_sgd_(
@@ -145,3 +152,4 @@ def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
             weight_decay=0.0, momentum=row["momentum"], lr=row["step_size"], dampening=1.0 - row["gain"],
             nesterov=False, maximize=False, is_first_step=False,
         )  # fmt: skip
+        increment_version(entry.param)

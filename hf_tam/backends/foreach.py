@@ -1,12 +1,11 @@
-"""The multi-tensor backend: `torch._foreach_*` over all tensors of one dtype, as torch.optim does on accelerators.
+"""The multi-tensor backend: `torch._foreach_*` over windows of tensors, as torch.optim does on accelerators.
 
-Arithmetic is in the tensors' own dtype, as in torch.optim's foreach implementation: fp16 and bf16 are rounded after
-every operation. Temporaries of the size of the group are the price of few launches.
+Few launches at the price of temporaries of the size of a window. fp16 and bf16 are computed in fp32 and rounded once,
+as in the other backends.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,57 +15,91 @@ from torch import Tensor
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.single import partial_sums
 
-__all__ = ["adam", "partial_sums", "sgd"]
+__all__ = ["adam", "partial_sums", "sgd", "write"]
+
+WINDOW = 1 << 24
+"""Elements handled together: at most 64 MiB for each fp32 temporary, unless one tensor alone is larger."""
 
 
 def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
     """See `Backend.adam`."""
-    for positions in _by_dtype(entries):
-        params, grads, firsts = _operands(entries, scalars, positions)
-        seconds = [second for position in positions if (second := entries[position].second) is not None]
-        decay, first_weight, second_weight, step_size, eps = (
-            _pick(scalars, name, positions, params[0].dtype)
-            for name in ("decay", "first_weight", "second_weight", "step_size", "eps")
-        )
-        torch._foreach_mul_(params, decay)
-        torch._foreach_lerp_(firsts, grads, first_weight)
-        torch._foreach_lerp_(seconds, torch._foreach_mul(grads, grads), second_weight)
+    for positions in _windows(entries):
+        window = [entries[position] for position in positions]
+        grads = [scalars.grad(entry, position) for entry, position in zip(window, positions, strict=True)]
+        stored = [entry.param for entry in window], [entry.first for entry in window], _seconds(window)
+        params, firsts, seconds = (_working(tensors) for tensors in stored)
+        grads = _working(grads)
+        column = _columns(scalars, positions, params[0].dtype)
+        torch._foreach_mul_(params, column["decay"])
+        torch._foreach_lerp_(firsts, grads, column["first_weight"])
+        squares = torch._foreach_mul(grads, column["second_weight"])
+        torch._foreach_mul_(squares, grads)
+        torch._foreach_mul_(seconds, column["second_decay"])
+        torch._foreach_add_(seconds, list(squares))
+        del squares
         denominators = torch._foreach_sqrt(seconds)
-        torch._foreach_add_(denominators, eps)
+        torch._foreach_add_(denominators, column["eps"])
         updates = torch._foreach_div(firsts, denominators)
-        torch._foreach_mul_(updates, step_size)
+        torch._foreach_mul_(updates, column["step_size"])
         torch._foreach_sub_(params, updates)
+        _store(stored, (params, firsts, seconds))
 
 
 def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     """See `Backend.sgd`."""
-    for positions in _by_dtype(entries):
-        params, grads, firsts = _operands(entries, scalars, positions)
-        momentum, gain, step_size = (
-            _pick(scalars, name, positions, params[0].dtype) for name in ("momentum", "gain", "step_size")
-        )
-        torch._foreach_mul_(firsts, momentum)
-        torch._foreach_add_(firsts, list(torch._foreach_mul(grads, gain)))
-        torch._foreach_sub_(params, list(torch._foreach_mul(firsts, step_size)))
+    for positions in _windows(entries):
+        window = [entries[position] for position in positions]
+        grads = [scalars.grad(entry, position) for entry, position in zip(window, positions, strict=True)]
+        stored = [entry.param for entry in window], [entry.first for entry in window]
+        params, firsts = (_working(tensors) for tensors in stored)
+        column = _columns(scalars, positions, params[0].dtype)
+        torch._foreach_mul_(firsts, column["momentum"])
+        torch._foreach_add_(firsts, list(torch._foreach_mul(_working(grads), column["gain"])))
+        torch._foreach_sub_(params, list(torch._foreach_mul(firsts, column["step_size"])))
+        _store(stored, (params, firsts))
 
 
-def _by_dtype(entries: Sequence[Entry]) -> Iterator[list[int]]:
-    groups: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-    for position, entry in enumerate(entries):
-        groups[entry.param.dtype].append(position)
-    return iter(groups.values())
+def write(states: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `Backend.write`."""
+    torch._foreach_copy_(list(states), list(values))
 
 
-def _operands(
-    entries: Sequence[Entry], scalars: StepScalars, positions: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    params = [entries[position].param for position in positions]
-    grads = [scalars.grad(entries[position], position) for position in positions]
-    return params, grads, [entries[position].first for position in positions]
+def _windows(entries: Sequence[Entry]) -> Iterator[list[int]]:
+    """Positions of tensors of one dtype, in windows of about `WINDOW` elements."""
+    for dtype in dict.fromkeys(entry.param.dtype for entry in entries):
+        window: list[int] = []
+        size = 0
+        for position, entry in enumerate(entries):
+            if entry.param.dtype != dtype:
+                continue
+            if window and size + entry.param.numel() > WINDOW:
+                yield window
+                window, size = [], 0
+            window.append(position)
+            size += entry.param.numel()
+        yield window
 
 
-def _pick(scalars: StepScalars, name: str, positions: Sequence[int], dtype: torch.dtype) -> list[Any]:
-    # torch types its lists of numbers and its lists of tensors apart; these are either, never a mixture.
-    column = scalars.columns[name]
-    picked = [column[position] for position in positions]
-    return [value.to(dtype) if isinstance(value, Tensor) else value for value in picked]
+def _seconds(window: Sequence[Entry]) -> list[Tensor]:
+    return [entry.second for entry in window if entry.second is not None]
+
+
+def _working(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors themselves, or fp32 copies of those with less precision."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _store(stored: Sequence[list[Tensor]], results: Sequence[list[Tensor]]) -> None:
+    for tensors, values in zip(stored, results, strict=True):
+        if tensors[0].dtype != values[0].dtype:
+            torch._foreach_copy_(tensors, values)
+
+
+def _columns(scalars: StepScalars, positions: Sequence[int], dtype: torch.dtype) -> dict[str, list[Any]]:
+    # torch types its lists of numbers and its lists of tensors apart; a column is either, never a mixture. A tensor
+    # must have the dtype of what it weighs.
+    picked = {name: [column[position] for position in positions] for name, column in scalars.columns.items()}
+    return {
+        name: [value.to(dtype) if isinstance(value, Tensor) else value for value in column]
+        for name, column in picked.items()
+    }

@@ -37,22 +37,26 @@ def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
 def adam_tensor(entry: Entry, grad: Tensor, row: dict[str, Scalar]) -> None:
     """One adaptive step of one entry."""
     assert entry.second is not None
-    update.adam_step(entry.param, grad, entry.first, entry.second, **_lerp_weights(entry, row))
+    update.adam_step(entry.param, grad, entry.first, entry.second, **_with_lerp_weight(entry, row))
 
 
-def _lerp_weights(entry: Entry, row: dict[str, Scalar]) -> dict[str, Any]:
+def _with_lerp_weight(entry: Entry, row: dict[str, Scalar]) -> dict[str, Any]:
     # torch.lerp takes a tensor weight only in the dtype of its operands; fp16 and bf16 are computed in fp32.
     dtype = torch.promote_types(entry.param.dtype, torch.float32)
-    names = ("first_weight", "second_weight")
-    return {
-        name: value.to(dtype) if name in names and isinstance(value, Tensor) else value for name, value in row.items()
-    }
+    weight = row["first_weight"]
+    return {**row, "first_weight": weight.to(dtype) if isinstance(weight, Tensor) else weight}
 
 
 def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     """See `Backend.sgd`."""
     for position, entry in enumerate(entries):
         sgd_tensor(entry, scalars.grad(entry, position), scalars.row(position))
+
+
+def write(states: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `Backend.write`."""
+    for state, value in zip(states, values, strict=True):
+        state.copy_(value)
 
 
 def sgd_tensor(entry: Entry, grad: Tensor, row: dict[str, Scalar]) -> None:
