@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hf_tam._version import __version__
+from hf_tam.integrations.autoload import install
 
 if TYPE_CHECKING:
     from hf_tam.checkpoint import export_torch_state_dict
@@ -35,3 +36,6 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """The public names."""
     return sorted(__all__)
+
+
+install()

@@ -35,9 +35,12 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
     saved_groups = deepcopy(state_dict["param_groups"])
     lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
     if lengths[0] != lengths[1]:
+        what = "has a different number of parameter groups"
+        if len(lengths[0]) == len(lengths[1]):
+            what = "contains a parameter group that doesn't match the size of optimizer's group"
         raise ValueError(
-            f"the saved state has param groups of {lengths[1]} tensors, the optimizer of {lengths[0]}: it belongs to "
-            "another model, or to other trainable parameters"
+            f"loaded state dict {what} (saved: {lengths[1]} tensors, here: {lengths[0]}): it belongs to another model, "
+            "or to other trainable parameters"
         )
     states = {}
     names = iter(optimizer._names())
