@@ -44,7 +44,7 @@ def make_parser() -> RecipeParser:
         description="Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
     )
     parser.set_defaults(
-        output_dir="runs/classify", optim="adamw_torch", learning_rate=1e-3, warmup_steps=0.1, logging_steps=10
+        output_dir="outputs/classify", optim="adatamw", learning_rate=1e-3, warmup_steps=0.1, logging_steps=10
     )
     return parser
 
@@ -164,19 +164,11 @@ def evaluate_test(trainer: Trainer, encoded: dict[str, Any]) -> dict[str, float]
 
 def report(trainer: Trainer, metrics: dict[str, float], arguments: tuple[Any, ...], *, started: float) -> None:
     """Write results.json and print the table."""
-    trained, total = models.count_parameters(trainer.model)
-    shown = {
-        **reporting.describe_optimizer(trainer.optimizer),
-        "trained parameters": f"{trained:,} of {total:,}",
-        "training records": len(trainer.train_dataset),
-        "steps": trainer.state.global_step,
-        "mean training loss": metrics["train_loss"],
-        **{name.replace("_", " "): value for name, value in metrics.items() if name.split("_")[0] in ("test", "eval")},
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    facts = reporting.describe_run(trainer, seconds=time.perf_counter() - started)
     output_dir = Path(trainer.args.output_dir)
-    reporting.write_results(output_dir / RESULTS_NAME, {"results": shown, "metrics": metrics}, arguments)
-    reporting.print_table(f"classify: {output_dir}", shown)
+    reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics}, arguments)
+    shown = {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second"))}
+    reporting.print_table(f"classify: {output_dir}", {**facts, **shown})
 
 
 def announce_demo() -> None:

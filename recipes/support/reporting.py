@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_tam
+from recipes.support.models import count_parameters
 
 _REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 
@@ -89,8 +90,20 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def describe_run(trainer: Trainer, *, seconds: float) -> dict[str, Any]:
+    """Return what was trained and by which optimizer; `damping_mean` is there if the optimizer is one of ours."""
+    trained, total = count_parameters(trainer.model)
+    return {
+        **describe_optimizer(trainer.optimizer),
+        "trained_parameters": f"{trained:,} of {total:,}",
+        "training_records": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+    }
+
+
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
-    """Return the name of the optimizer and, if it is one of ours, its mean damping (0.5 is AdamW's weight)."""
+    """Return the name of the optimizer and, if it is one of ours, its mean damping (0.5 weighs as AdamW does)."""
     inner = getattr(optimizer, "optimizer", optimizer)
     description: dict[str, Any] = {"optimizer": type(inner).__name__}
     if isinstance(inner, hf_tam.AdaTAMW | hf_tam.AdaTAM | hf_tam.TAM):
@@ -103,4 +116,4 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
     width = max(len(name) for name in rows)
     print(f"\n{title}\n{'-' * len(title)}")
     for name, value in rows.items():
-        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+        print(f"{name.replace('_', ' '):<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
