@@ -75,8 +75,8 @@ def require_resumable(checkpoint: str | Path, *, strategy: Strategy, weights_onl
     elif missing:
         raise ValueError(
             f"{folder / missing[0]} is missing, so the optimizer would start afresh. Resume from a checkpoint of "
-            f"a run with the same kind of sharding (here: {strategy}), or set save_only_model=True if a fresh optimizer "
-            "is what you want."
+            f"a run with the same kind of sharding (here: {strategy}), or set save_only_model=True if a fresh "
+            "optimizer is what you want."
         )
     elif strategy == "whole":
         _require_unharmed(folder)

@@ -82,7 +82,6 @@ import sys
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainingArguments
 
 
 class Numbers(Dataset):
@@ -94,6 +93,8 @@ class Numbers(Dataset):
 
 
 def parse_in_child(rank, queue):
+    from transformers import TrainingArguments
+
     queue.put(str(TrainingArguments("unused", optim="adatamw", use_cpu=True).optim))
 
 
