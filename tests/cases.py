@@ -368,6 +368,7 @@ BACKENDS: Mapping[str, Mapping[str, bool]] = {
     "fused": {"fused": True},
     "default": {},
     "capturable": {"capturable": True},
+    "capturable-single": {"capturable": True, "foreach": False, "fused": False},
 }
 TAM_BACKENDS: Mapping[str, Mapping[str, bool]] = {
     "single": {"foreach": False},

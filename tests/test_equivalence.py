@@ -143,12 +143,19 @@ def test_single_uses_neither(name):
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("step_size", ["adamw", "paper"])
 @pytest.mark.parametrize("broken", [False, True])
-def test_capturable_never_reads_a_number(name, scope, step_size, broken):
+@pytest.mark.parametrize("backend", ["capturable", "capturable-single"])
+def test_capturable_never_reads_a_number(name, scope, step_size, broken, backend):
     """No host synchronisation, with or without a NaN to skip, with a tensor lr, before and after torque_steps."""
     parameters = _parameters()
     lr = torch.tensor(1e-3)
     optimizer = getattr(hf_tam, name)(
-        parameters, lr=lr, scope=scope, step_size=step_size, capturable=True, torque_steps=2, nonfinite="skip"
+        parameters,
+        lr=lr,
+        scope=scope,
+        step_size=step_size,
+        torque_steps=2,
+        nonfinite="skip",
+        **backends_of(name)[backend],
     )
     for step in range(4):
         for parameter in parameters:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_tam
@@ -78,7 +78,6 @@ def _assert_same_walk(ours, theirs, moves, seed):
 
 
 @ADAM_BACKENDS
-@settings(max_examples=max(12, settings.default.max_examples))
 @given(
     name=st.sampled_from(["AdaTAMW", "AdaTAM"]),
     scope=st.sampled_from(["tensor", "model"]),
@@ -109,7 +108,6 @@ def test_neutral_is_adamw(backend, name, scope, lr, beta1, beta2, eps, weight_de
 
 
 @TAM_BACKENDS
-@settings(max_examples=max(12, settings.default.max_examples))
 @given(
     scope=st.sampled_from(["tensor", "model"]),
     lr=learning_rates,
