@@ -101,7 +101,9 @@ def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> di
     for split in present.values():
         classification.check_records(split, data)
     if arguments.eval_strategy != "no" and validation is None:
-        raise RecipeError("eval_strategy needs data: give --validation_file, or --validation_fraction 0.1 to hold out.")
+        raise RecipeError(
+            "eval_strategy needs data: give --validation_file, or --validation_fraction 0.1 to hold out."
+        )
     if len(present) == 1:
         raise RecipeError("nothing to measure on: give --test_file, --validation_file or --validation_fraction.")
     return present
@@ -139,7 +141,9 @@ def encode_splits(
     for name, split in splits.items():
         encoded[name], num_cut = classification.encode_records(split, data, tokenizer, names)
         if num_cut:
-            reporting.warn(f"{num_cut} of {len(encoded[name])} texts of {split.source} were cut to {data.max_length} tokens")
+            reporting.warn(
+                f"{num_cut} of {len(encoded[name])} texts of {split.source} were cut to {data.max_length} tokens"
+            )
     return encoded
 
 
@@ -174,8 +178,8 @@ def report(trainer: Trainer, metrics: dict[str, float], arguments: tuple[Any, ..
 def announce_demo() -> None:
     """Say what runs, and what to pass for real work."""
     print(
-        "This is the demo: questions to a library's help desk, written for this recipe. For real work pass, for example,\n"
-        "  --model_name_or_path MODEL --train_file train.csv --test_file test.csv --text_column text --label_column label"
+        "This is the demo: a tiny encoder learns what visitors of a library ask. For real work pass, for example,\n"
+        "  --model_name_or_path MODEL --train_file train.csv --test_file test.csv --text_column A --label_column B"
     )
 
 

@@ -105,7 +105,9 @@ def load_splits(data: SftDataArguments, arguments: TrainingArguments) -> tuple[r
     else:
         train, validation = records.load_training_splits(data, seed=seed)
     if validation is None:
-        raise RecipeError("nothing to evaluate on: give --validation_file, or --validation_fraction above 0 to hold out.")
+        raise RecipeError(
+            "nothing to evaluate on: give --validation_file, or --validation_fraction above 0 to hold out."
+        )
     return train, validation
 
 
@@ -189,7 +191,8 @@ def report(
     facts = reporting.describe_run(trainer, seconds=time.perf_counter() - started)
     output_dir = Path(trainer.args.output_dir)
     reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics, "samples": samples}, arguments)
-    reporting.print_table(f"sft: {output_dir}", {**facts, **metrics})
+    shown = {name: value for name, value in metrics.items() if name.startswith("eval") or name == "train_loss"}
+    reporting.print_table(f"sft: {output_dir}", {**facts, **shown})
 
 
 def announce_demo() -> None:

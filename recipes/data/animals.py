@@ -65,7 +65,10 @@ _QUESTIONS = (
     (("What does the {name} eat?", "What is the food of the {name}?"), "The {name} eats {food}."),
     (("What covers the {name}?", "What has the {name} on its body?"), "The {name} has {cover}."),
     (("When is the {name} active?", "When can you watch the {name}?"), "The {name} is active {time}."),
-    (("What is the young of the {name} called?", "What grows up to be a {name}?"), "The young of the {name} is called a {young}."),
+    (
+        ("What is the young of the {name} called?", "What grows up to be a {name}?"),
+        "The young of the {name} is called a {young}.",
+    ),
 )
 
 _HELD_OUT_ANIMALS = 10

@@ -6,6 +6,7 @@ TRAIN, so the held-out accuracy measures more than memory.
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 
 _OPENINGS = ("", "Hello, ", "Good morning, ", "Sorry to bother you, ", "Quick question: ", "Hi there, ")
 _CLOSINGS = ("", " Thank you.", " Thanks in advance.", " I hope you can help.", " Best wishes.")
@@ -13,7 +14,13 @@ _CLOSINGS = ("", " Thank you.", " Thanks in advance.", " I hope you can help.", 
 _SLOTS = {
     "item": ("the novel", "this cookbook", "the atlas", "a travel guide", "the film", "my audiobook", "the magazine"),
     "day": ("on Monday", "on Saturday", "on Sunday", "tomorrow", "this week", "during the holidays", "tonight"),
-    "place": ("the main branch", "the reading room", "the branch by the river", "the second floor", "the old building"),
+    "place": (
+        "the main branch",
+        "the reading room",
+        "the branch by the river",
+        "the second floor",
+        "the old building",
+    ),
     "person": ("my daughter", "my father", "a friend", "my class", "my neighbour", "our group", "my partner"),
 }
 
@@ -102,7 +109,7 @@ def make_records(sentences: dict[str, tuple[str, ...]], *, per_intent: int, seed
     records = []
     for intent, patterns in sentences.items():
         # A dict keeps the order of drawing, which a set does not.
-        questions = dict.fromkeys(question for question, _ in zip(_questions(patterns, draw), range(6 * per_intent)))
+        questions = dict.fromkeys(islice(_questions(patterns, draw), 6 * per_intent))
         records += [{"text": question, "label": intent} for question in list(questions)[:per_intent]]
     draw.shuffle(records)
     return records

@@ -13,7 +13,9 @@ class Accuracy(evaluate.Metric):
             description="Share of predictions that equal their reference.",
             citation="",
             inputs_description="predictions, references: class indices, one each a record.",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:

@@ -13,7 +13,9 @@ class MacroF1(evaluate.Metric):
             description="Mean over classes of the harmonic mean of precision and recall.",
             citation="",
             inputs_description="predictions, references: class indices, one each a record.",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:

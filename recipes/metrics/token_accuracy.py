@@ -13,7 +13,9 @@ class TokenAccuracy(evaluate.Metric):
             description="Share of target tokens that were predicted by the largest logit.",
             citation="",
             inputs_description="predictions, references: token ids, already aligned; a reference of -100 is ignored.",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:

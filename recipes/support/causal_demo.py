@@ -16,7 +16,7 @@ from recipes.support.records import Records
 
 # The base model and the data are the same whatever --seed is: only the adaptation differs between seeds.
 _BASE_SEED = 0
-_PRETRAINING_STEPS = 400
+_PRETRAINING_STEPS = 250
 _PRETRAINING_LEARNING_RATE = 3e-3
 _PARAGRAPHS_PER_BATCH = 20
 _WARMUP_SHARE = 0.1

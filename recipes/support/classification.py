@@ -39,7 +39,9 @@ def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:
     # Numbers sort as numbers: 10 comes after 9.
     names = [str(label) for label in sorted(labels, key=lambda label: (isinstance(label, str), label))]
     if len(names) < 2:
-        raise RecipeError(f"{train.source}: '{data.label_column}' has the single value {names[0]!r}: nothing to tell apart.")
+        raise RecipeError(
+            f"{train.source}: '{data.label_column}' has the single value {names[0]!r}: nothing to tell apart."
+        )
     return names
 
 

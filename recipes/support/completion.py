@@ -64,12 +64,14 @@ def _warn_of_losses(records: Records, num_cut: int, num_without_target: int, lim
     if num_cut:
         warn(f"{num_cut} of {total} records of {records.source} are longer than {limit} tokens and were cut")
     if num_without_target:
-        warn(f"{num_without_target} of {total} records of {records.source} have no completion token left and were dropped")
+        warn(f"{num_without_target} of {total} records of {records.source} have no completion token left: dropped")
 
 
 def _choose_encoder(records: Records, data: SftDataArguments, tokenizer: PreTrainedTokenizerBase) -> _Encoder:
     """Pick the format by the columns there are; a column that was named by a flag must exist."""
-    named = [(f"{kind}_column", getattr(data, f"{kind}_column")) for kind in ("messages", "prompt", "completion", "text")]
+    named = [
+        (f"{kind}_column", getattr(data, f"{kind}_column")) for kind in ("messages", "prompt", "completion", "text")
+    ]
     records.require_columns(*((flag, column) for flag, column in named if column))
     messages, prompt, completion, text = (column or flag.removesuffix("_column") for flag, column in named)
     columns = set(records.dataset.column_names)
@@ -152,7 +154,7 @@ def _mask_by_prefixes(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenize
         before, through = render(turns[:index], prompt=True) if index else [], render(turns[: index + 1])
         if ids[: len(before)] != before or ids[: len(through)] != through:
             raise BadRecordError(
-                f"the chat template rewrites turns before number {index + 1}, so the assistant's tokens cannot be found;"
+                f"the chat template rewrites turns before number {index + 1}, so its tokens cannot be told apart;"
                 " give the tokenizer a template with {% generation %}, or records of prompt and completion."
             )
         mask[len(before) : len(through)] = [1] * (len(through) - len(before))

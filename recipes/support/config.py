@@ -20,6 +20,7 @@ class RecipeParser(HfArgumentParser):
     """HfArgumentParser that answers a mistake with one line, not with the usage of 150 flags."""
 
     def __init__(self, dataclass_types: list[type], *, prog: str, description: str) -> None:
+        """Build the parser of several dataclasses; abbreviated flags are not understood."""
         usage = f"{prog} [--config FILE.yaml] [--flag value ...]"
         super().__init__(dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False)
 
@@ -54,7 +55,9 @@ def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config
         parser.error(str(error))
     if unknown:
         flag = unknown[0].split("=")[0]
-        parser.error(f"unknown argument {flag}{_nearest(flag.lstrip('-').replace('-', '_'), parser.field_names, '--')}")
+        parser.error(
+            f"unknown argument {flag}{_nearest(flag.lstrip('-').replace('-', '_'), parser.field_names, '--')}"
+        )
     return tuple(arguments)
 
 

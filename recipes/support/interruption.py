@@ -12,13 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class InterruptionCallback(TrainerCallback):
     """Turns the first SIGINT or SIGTERM into "save and stop"; a second one kills the process as usual.
 
-    Communication: with several processes, one all-reduce of one number a step, so that all of them stop at the same one.
+    Communication: with several processes, one all-reduce of one number a step, so that all stop at the same one.
 
     Attributes:
         received: the number of the signal that stopped training, or 0.
     """
 
     def __init__(self) -> None:
+        """Take over nothing yet: that happens when training begins."""
         self.received = 0
         self._previous_handlers: dict[int, object] = {}
 
@@ -43,7 +44,7 @@ class InterruptionCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Skip what an ordinary end of the epoch brings: whoever sent the signal waits, and the checkpoint is written."""
+        """Skip what an ordinary end of the epoch brings: the checkpoint is written, and the sender waits."""
         if control.should_training_stop and self.received:
             control.should_save = control.should_evaluate = False
 

@@ -22,6 +22,7 @@ class Records:
     def __init__(
         self, dataset: Dataset, source: str, *, path: Path | None = None, positions: Sequence[int] | None = None
     ) -> None:
+        """Wrap `dataset`, whose record i stood at `positions[i]` of the file `path`, by default at i."""
         if len(dataset) == 0:
             raise RecipeError(f"{source} holds no records.")
         self.dataset = dataset
@@ -71,7 +72,9 @@ def load_training_splits(data: DatasetArguments, *, seed: int) -> tuple[Records,
     elif data.dataset_name:
         train, validation = _load_from_hub(data)
     else:
-        raise RecipeError("no training data: give --train_file FILE or --dataset_name NAME ('demo': the embedded data).")
+        raise RecipeError(
+            "no training data: give --train_file FILE or --dataset_name NAME ('demo': the embedded data)."
+        )
     if data.validation_file:
         validation = load_file(data.validation_file)
     return select(train, validation, data, seed=seed)
@@ -128,7 +131,7 @@ def _load_from_hub(data: DatasetArguments) -> tuple[Records, Records | None]:
         splits = load_dataset(name, data.dataset_config_name)
     except Exception as error:  # from a missing network to a missing configuration: one line for each
         raise RecipeError(
-            f"dataset '{name}' cannot be loaded: {_first_line(error)} Without a network, give local files (--train_file)."
+            f"dataset '{name}' cannot be loaded: {_first_line(error)} Without a network, give a local --train_file."
         ) from error
     if not isinstance(splits, DatasetDict) or "train" not in splits:
         raise RecipeError(f"dataset '{name}' has no split 'train'; it has {', '.join(splits)}.")
@@ -138,7 +141,7 @@ def _load_from_hub(data: DatasetArguments) -> tuple[Records, Records | None]:
 
 
 def _check_json_lines(path: Path) -> None:
-    """Find what datasets would report without a line: broken JSON, and a value of another type than the first record's."""
+    """Find what datasets would report without a line: broken JSON, and a value whose type changes."""
     first_types: dict[str, type] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

@@ -22,6 +22,7 @@ class MetricsFileCallback(TrainerCallback):
     """Appends every log event to a file as one JSON object a line, whatever `report_to` says."""
 
     def __init__(self, path: Path) -> None:
+        """Log to `path`, whose folder is created when training begins."""
         self._path = path
 
     def on_train_begin(
@@ -31,7 +32,8 @@ class MetricsFileCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self._path) if row["step"] <= state.global_step] if state.global_step else []
+        earlier = read_metrics(self._path) if state.global_step else []
+        kept = [row for row in earlier if row["step"] <= state.global_step]
         partial = self._path.with_name(f"{self._path.name}.partial")
         partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
         os.replace(partial, self._path)

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
 from recipes.support.arguments import RunArguments
-from recipes.support.checkpoints import ManifestCallback, checkpoint_to_resume, newest_whole_checkpoint
+from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
 from recipes.support.errors import RecipeError
 from recipes.support.interruption import InterruptionCallback
 from recipes.support.output import METRICS_NAME, check_output_directory, check_writable, remove_earlier_run
@@ -21,12 +22,9 @@ def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
     Raises:
         RecipeError: the run cannot start, and why.
     """
-    output_dir = Path(training.output_dir)
-    wants_resume = (training.resume_from_checkpoint or "false").lower() != "false"
-    if wants_resume and run.overwrite:
-        raise RecipeError("overwrite and resume_from_checkpoint exclude each other: replace the run, or continue it.")
-    check_output_directory(output_dir, overwrite=run.overwrite, resuming=wants_resume)
-    return checkpoint_to_resume(training.resume_from_checkpoint, output_dir)
+    resuming = wants_resume(training)
+    check_output_directory(Path(training.output_dir), overwrite=run.overwrite, resuming=resuming)
+    return checkpoint_to_resume(training)
 
 
 def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> dict[str, Any]:
@@ -39,9 +37,9 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     """
     output_dir = Path(trainer.args.output_dir)
     interruption = InterruptionCallback()
-    for callback in (interruption, ManifestCallback(), MetricsFileCallback(metrics_path(run, output_dir))):
+    for callback in (interruption, MetricsFileCallback(metrics_path(run, output_dir))):
         trainer.add_callback(callback)
-    if run.overwrite and trainer.is_world_process_zero():
+    if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
     try:
         metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
@@ -69,8 +67,8 @@ def raise_if_disk_is_the_cause(output_dir: Path, error: Exception) -> None:
     try:
         check_writable(output_dir)
     except RecipeError as cause:
-        whole = newest_whole_checkpoint(output_dir)
-        remedy = f"make room and resume from {whole}" if whole else "no checkpoint had been written"
+        complete = last_complete_checkpoint(output_dir)
+        remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
         raise RecipeError(f"{cause} Training stopped: {remedy}.") from error
 
 
