@@ -54,10 +54,7 @@ def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config
     except ValueError as error:
         parser.error(str(error))
     if unknown:
-        flag = unknown[0].split("=")[0]
-        parser.error(
-            f"unknown argument {flag}{_nearest(flag.lstrip('-').replace('-', '_'), parser.field_names, '--')}"
-        )
+        parser.error(_describe_unknown(unknown[0].split("=")[0], parser.field_names))
     return tuple(arguments)
 
 
@@ -91,6 +88,12 @@ def _named_inputs(argv: list[str]) -> dict[str, str | None]:
     return vars(scanner.parse_known_args(argv)[0])
 
 
+def _describe_unknown(word: str, known: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected value '{word}': an argument before it takes a single value"
+    return f"unknown argument {word}{_nearest(word.lstrip('-').replace('-', '_'), known, prefix='--')}"
+
+
 def _as_flags(key: str, value: Any) -> list[str]:
     """One YAML entry as flags; null leaves the default."""
     if value is None:
@@ -100,6 +103,6 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
 
 
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+def _nearest(name: str, known: list[str], *, prefix: str = "") -> str:
     matches = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
