@@ -55,9 +55,10 @@ class PostImportHook:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            del loader.exec_module
-            self.pending.discard(module.__name__)
-            self.callback(module)
+            if module.__name__ == spec.name:  # a loader may serve several modules
+                del loader.exec_module
+                self.pending.discard(spec.name)
+                self.callback(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
 

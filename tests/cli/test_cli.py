@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from hf_tam import cli
-from hf_tam.cli import activate, deactivate
+from hf_tam.cli import activate, deactivate, status
 from hf_tam.integrations import autoload
 from tests.integrations.launching import HF_TAM_COMMAND, run, run_successfully
 
@@ -61,10 +61,22 @@ def test_a_hook_that_outlives_hf_tam_is_silent(tmp_path):
     assert run_successfully([sys.executable, "-S", "-c", program], PWD="/").split() == ["False"]
 
 
-def test_status(monkeypatch, capsys):
+@pytest.fixture
+def status_lines(tmp_path, monkeypatch, capsys):
+    """Runs `hf-tam status` in an environment whose hook, if any, is `hook` in a temporary folder."""
+    monkeypatch.setattr(status, "hook_path", lambda: tmp_path / "hook")
     monkeypatch.delenv("HF_TAM_AUTOLOAD", raising=False)
-    assert cli.main(["status"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def lines():
+        assert cli.main(["status"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_status_of_an_environment_as_installed(status_lines):
+    lines = status_lines()
     assert f"transformers {version('transformers')}" in lines
     assert "activated: no" in lines
     assert "below hf-tam run: no" in lines
@@ -72,6 +84,25 @@ def test_status(monkeypatch, capsys):
     (patched,) = (line for line in lines if line.startswith("patched: "))
     assert "_OPTIMIZER_HANDLERS" in patched
     assert "Trainer.create_optimizer" in patched
+
+
+def test_status_tells_how_the_names_are_carried(status_lines, tmp_path, monkeypatch):
+    (tmp_path / "hook").touch()
+    assert f"activated: yes, by {tmp_path / 'hook'}" in status_lines()
+    monkeypatch.setenv("HF_TAM_AUTOLOAD", "0")
+    monkeypatch.setenv("PYTHONPATH", autoload.SITE_FOLDER)
+    lines = status_lines()
+    assert f"activated: yes, by {tmp_path / 'hook'}, but switched off here by HF_TAM_AUTOLOAD=0" in lines
+    assert "below hf-tam run: yes" in lines
+
+
+def test_status_fails_where_nothing_can_be_registered(monkeypatch, capsys):
+    def refuse():
+        raise ImportError("transformers 9 has no such name")
+
+    monkeypatch.setattr(autoload, "install", refuse)
+    assert cli.main(["status"]) == 1
+    assert "registered: nothing. transformers 9 has no such name" in capsys.readouterr().out
 
 
 def test_a_subcommand_is_required(capsys):

@@ -1,12 +1,15 @@
 """DeepSpeed settings that would train another optimizer, silently, are refused by name."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
 
-import hf_tam  # noqa: F401
+import hf_tam
 from hf_tam.integrations.deepspeed import refuse_swap_in_config
+from tests.integrations.test_trainer import make_trainer
+from tests.integrations.untouched import tiny_llama
 
 BLOCK = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 2}}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
@@ -60,3 +63,13 @@ def test_the_settings_of_accelerate_launch_are_read_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
     with pytest.raises(ValueError, match='set "zero_force_ds_cpu_optimizer": false'):
         TrainingArguments(output_dir=str(tmp_path), optim="adatamw", use_cpu=True, report_to="none", bf16=False)
+
+
+def test_an_optimizer_that_is_not_selected_by_name_is_protected_too(tmp_path, monkeypatch):
+    model = tiny_llama()
+    optimizer = hf_tam.TAM(model.parameters())
+    trainer = make_trainer(tmp_path, model=model, optim="sgd", optimizers=(optimizer, None))
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=BLOCK))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    with pytest.raises(ValueError, match='"optimizer" block'):
+        trainer.train()

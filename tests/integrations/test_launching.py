@@ -62,7 +62,7 @@ def test_hf_tam_run_reaches_children_and_the_next_sitecustomize(tmp_path):
 
 
 def test_notebook(tmp_path):
-    """Cells run in one namespace, the second one starts processes that unpickle a function of the first."""
+    """Cells run one after another in the namespace of `__main__`, and hf_tam is imported after transformers."""
     cells = [
         "import sys\nfrom transformers import TrainingArguments, Trainer\nimport hf_tam",
         f"sys.path.insert(0, {str(UNTOUCHED_SCRIPT.parent)!r})\nimport untouched, accelerate",
@@ -72,6 +72,29 @@ def test_notebook(tmp_path):
     shell = f"namespace = {{'__name__': '__main__'}}\nfor cell in {cells!r}:\n    exec(cell, namespace)"
     run_successfully([sys.executable, "-c", shell])
     assert_adatamw_trained(tmp_path)
+
+
+LAUNCHING_SCRIPT = """
+import sys
+
+import accelerate
+
+sys.path.insert(0, sys.argv.pop(1))
+import untouched
+
+if __name__ == "__main__":
+    accelerate.debug_launcher(untouched.main, num_processes=2)
+"""
+
+
+@pytest.mark.distributed
+def test_a_script_that_launches_its_own_processes(tmp_path):
+    """accelerate's debug_launcher is its notebook_launcher for several processes on the CPU."""
+    script = tmp_path / "launching.py"
+    script.write_text(LAUNCHING_SCRIPT)
+    arguments = [UNTOUCHED_SCRIPT.parent, *script_arguments(tmp_path)]
+    run_successfully([sys.executable, "-m", "hf_tam", script, *arguments])
+    assert_adatamw_trained(tmp_path, world_size=2)
 
 
 SPAWNING_SCRIPT = """
