@@ -125,6 +125,7 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
     model = models.load_model(
         AutoModelForSequenceClassification,
         model_arguments,
+        new_head=True,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},

@@ -27,8 +27,16 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(auto_class: Any, arguments: ModelArguments, **config_changes: Any) -> PreTrainedModel:
+def load_model(
+    auto_class: Any, arguments: ModelArguments, *, new_head: bool = False, **config_changes: Any
+) -> PreTrainedModel:
     """Load a model by one of transformers' Auto classes; `config_changes` are written into its configuration.
+
+    Args:
+        auto_class: for example AutoModelForCausalLM.
+        arguments: the name, revision and dtype.
+        new_head: whether weights whose shape the changes alter start afresh, which transformers lists in a warning.
+        config_changes: attributes of the configuration.
 
     Raises:
         RecipeError: it is neither a folder nor to be had from the hub.
@@ -37,7 +45,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, **config_changes: Any
     for name, value in config_changes.items():
         setattr(config, name, value)
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    return _load(auto_class, arguments, config=config, dtype=dtype)
+    return _load(auto_class, arguments, config=config, dtype=dtype, ignore_mismatched_sizes=new_head)
 
 
 def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType) -> Any:

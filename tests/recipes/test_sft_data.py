@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from recipes.support.arguments import SftDataArguments
 from recipes.support.completion import IGNORED, encode_records
+from recipes.support.errors import RecipeError
 from recipes.support.records import Records
 
 GENERATION_TEMPLATE = (
@@ -70,9 +71,9 @@ def test_loss_is_on_the_assistant_only(template, tokenizer):
     assert targets(row, tokenizer) == f"The owl eats rodents.{eos}The goat eats grass.{eos}"
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer, sft, tmp_path):
+def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL_TEMPLATE
-    with pytest.raises(Exception, match="rows, record 1: the chat template rewrites turns"):
+    with pytest.raises(RecipeError, match="rows, record 1: the chat template rewrites turns"):
         encode([{"messages": CHAT}], tokenizer)
 
 
@@ -150,7 +151,7 @@ def test_line_number_survives_holding_out_and_drawing(sft, tmp_path):
     ],
 )
 def test_data_that_was_named_is_never_replaced(flags, message, sft):
-    status, output, error = sft(*flags)
+    status, _, error = sft(*flags)
     assert status == 1
     assert re.search(rf"^error: .*{re.escape(message)}", error, re.MULTILINE)
     assert not sft.output_dir.exists()

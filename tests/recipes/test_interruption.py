@@ -1,0 +1,99 @@
+"""Ctrl-C and SIGTERM end training with a checkpoint (row 27), and resuming gives the run that was never stopped."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes.support.reporting import read_metrics
+from tests.recipes.conftest import recipe_command, recipe_environment
+
+NUM_STEPS = 60
+SIGNAL_AFTER = 10
+
+
+def command(output_dir, model, *more):
+    """A run that has dropout, a schedule and evaluations in it, so that there is a state to get wrong."""
+    options = {
+        "model_name_or_path": model,
+        "dataset_name": "demo",
+        "output_dir": output_dir,
+        "max_steps": NUM_STEPS,
+        "learning_rate": 3e-3,
+        "lora_dropout": 0.1,
+        "per_device_train_batch_size": 4,
+        "max_eval_samples": 4,
+        "num_sample_generations": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+    }
+    return recipe_command("sft.py", *(f"--{name}={value}" for name, value in options.items()), *more)
+
+
+def interrupt(process, metrics_file, number):
+    """Send the signal once training is well under way."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["step"] >= SIGNAL_AFTER and "loss" in row for row in read_metrics(metrics_file)):
+            process.send_signal(number)
+            return
+        time.sleep(0.02)
+    pytest.fail(f"training did not reach step {SIGNAL_AFTER}: {process.communicate()[1][-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    environment = recipe_environment(output_dir.parent)
+    subprocess.run(
+        command(output_dir, tiny_model, "--save_strategy=steps", f"--save_steps={NUM_STEPS}"),
+        env=environment,
+        check=True,
+        timeout=200,
+    )
+    return output_dir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_leaves_a_checkpoint_that_continues_bit_for_bit(number, uninterrupted, tiny_model, tmp_path):
+    output_dir = tmp_path / "run"
+    environment = recipe_environment(tmp_path)
+    process = subprocess.Popen(
+        command(output_dir, tiny_model), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    interrupt(process, output_dir / "metrics.jsonl", number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error[-2000:]
+    assert "Traceback" not in error
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert SIGNAL_AFTER <= stopped_at < NUM_STEPS
+    assert f"{number.name}: stopped after step {stopped_at} of {NUM_STEPS}" in error
+    assert "--resume_from_checkpoint true" in error
+    assert not (output_dir / "adapter_model.safetensors").exists()
+
+    more = ["--resume_from_checkpoint", "true", "--save_strategy=steps", f"--save_steps={NUM_STEPS}"]
+    subprocess.run(command(output_dir, tiny_model, *more), env=environment, check=True, timeout=200)
+    same_state(output_dir / f"checkpoint-{NUM_STEPS}", uninterrupted / f"checkpoint-{NUM_STEPS}")
+    losses, expected = (
+        [(row["step"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+        for folder in (output_dir, uninterrupted)
+    )
+    assert losses == expected
+
+
+def same_state(folder, other):
+    weights, other_weights = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (folder, other)]
+    assert states[0].keys() == states[1].keys()
+    for parameter, state in states[0].items():
+        assert state["torque"] != 0
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][parameter][key])), key
