@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
 from recipes.support.reporting import read_metrics
 from tests.recipes.conftest import recipe_command, recipe_environment
 
@@ -59,12 +60,11 @@ def uninterrupted(tiny_model, tmp_path_factory):
     return output_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_leaves_a_checkpoint_that_continues_bit_for_bit(number, uninterrupted, tiny_model, tmp_path):
-    output_dir = tmp_path / "run"
-    environment = recipe_environment(tmp_path)
+def stopped_run(output_dir, model, number):
+    """Start a run, send it the signal, and return the checkpoint that it leaves."""
+    environment = recipe_environment(output_dir.parent)
     process = subprocess.Popen(
-        command(output_dir, tiny_model), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(output_dir, model), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     interrupt(process, output_dir / "metrics.jsonl", number)
     _, error = process.communicate(timeout=60)
@@ -76,8 +76,19 @@ def test_signal_leaves_a_checkpoint_that_continues_bit_for_bit(number, uninterru
     assert f"{number.name}: stopped after step {stopped_at} of {NUM_STEPS}" in error
     assert "--resume_from_checkpoint true" in error
     assert not (output_dir / "adapter_model.safetensors").exists()
+    return checkpoint
 
+
+def test_ctrl_c_leaves_a_complete_checkpoint(tiny_model, tmp_path):
+    checkpoint = stopped_run(tmp_path / "run", tiny_model, signal.SIGINT)
+    assert last_complete_checkpoint(tmp_path / "run") == checkpoint
+
+
+def test_run_stopped_by_sigterm_continues_bit_for_bit(uninterrupted, tiny_model, tmp_path):
+    output_dir = tmp_path / "run"
+    stopped_run(output_dir, tiny_model, signal.SIGTERM)
     more = ["--resume_from_checkpoint", "true", "--save_strategy=steps", f"--save_steps={NUM_STEPS}"]
+    environment = recipe_environment(tmp_path)
     subprocess.run(command(output_dir, tiny_model, *more), env=environment, check=True, timeout=200)
     same_state(output_dir / f"checkpoint-{NUM_STEPS}", uninterrupted / f"checkpoint-{NUM_STEPS}")
     losses, expected = (

@@ -1,15 +1,19 @@
 """The README's command: sft.py without arguments, and what it claims."""
 
 import json
+import math
 import statistics
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.data import animals
 from recipes.sft import main
+from recipes.support import causal_demo
+from recipes.support.arguments import SftDataArguments
+from recipes.support.completion import encode_records
 from recipes.support.reporting import read_metrics
 
 
@@ -53,12 +57,23 @@ def test_demo_logs_every_event_as_json(demo_run):
         assert row["eval_perplexity"] == pytest.approx(torch.tensor(row["eval_loss"]).exp().item(), rel=2e-2)
 
 
-def test_saved_adapter_gives_the_reported_loss(demo_run):
+def test_saved_adapter_gives_the_reported_perplexity(demo_run):
     output_dir = demo_run[1]
-    base = AutoModelForCausalLM.from_pretrained(output_dir / "base")
-    adapted = PeftModel.from_pretrained(base, output_dir)
-    names = {name.split(".")[-3] for name, _ in adapted.named_parameters() if "lora_A" in name}
-    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(output_dir / "base"), output_dir).eval()
+    targets = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    _, held_out = causal_demo.demo_records()
+    total, count = 0.0, 0
+    for row in encode_records(held_out, SftDataArguments(), tokenizer, context_length=None):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            logits = adapted(input_ids=ids).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    results = json.loads((output_dir / "results.json").read_text())
+    assert math.exp(total / count) == pytest.approx(results["eval_perplexity"], rel=1e-4)
 
 
 def test_improvement_is_larger_than_its_spread_over_seeds(demo_run, tmp_path):
