@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -20,7 +21,7 @@ from hf_tam.sharding import select_reducer
 from hf_tam.telemetry import Telemetry
 
 
-class TorqueAware(Optimizer):
+class TorqueAware(Optimizer, ABC):
     """What AdaTAMW, AdaTAM and TAM share. Not to be used by itself.
 
     A step takes the partial sums of every tensor, makes them those of whole logical tensors, turns them into one
@@ -281,8 +282,10 @@ class TorqueAware(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
+    @abstractmethod
     def _update(self, bucket: Bucket, cosine: Tensor) -> None:
-        raise NotImplementedError
+        """Take the step of one bucket, whose tensors have the cosines `cosine`, shape (n,)."""
 
+    @abstractmethod
     def _moment_scale(self, bucket: Bucket) -> Tensor:
-        raise NotImplementedError
+        """The factor that makes the stored first moment the paper's m, shape (n,)."""
