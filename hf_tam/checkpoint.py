@@ -39,8 +39,8 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
         if len(lengths[0]) == len(lengths[1]):
             what = "contains a parameter group that doesn't match the size of optimizer's group"
         raise ValueError(
-            f"loaded state dict {what} (saved: {lengths[1]} tensors, here: {lengths[0]}): it belongs to another model, "
-            "or to other trainable parameters"
+            f"loaded state dict {what} (saved: {lengths[1]} tensors, here: {lengths[0]}): it belongs to another "
+            "model, or to other trainable parameters"
         )
     states = {}
     names = iter(optimizer._names())
