@@ -58,7 +58,11 @@ def build(case: Case, backend: str) -> tuple[torch.optim.Optimizer, list[Tensor]
 
 @functools.cache
 def run(name: str, backend: str) -> Run:
-    case = CASES_BY_NAME[name]
+    """One of CASES by its name; at most once in a session."""
+    return run_case(CASES_BY_NAME[name], backend)
+
+
+def run_case(case: Case, backend: str) -> Run:
     optimizer, parameters = build(case, backend)
     initial = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     for group in initial:
@@ -89,7 +93,10 @@ def _snapshot(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Snapshot:
 
 @functools.cache
 def run_reference(name: str) -> Run:
-    case = CASES_BY_NAME[name]
+    return run_reference_case(CASES_BY_NAME[name])
+
+
+def run_reference_case(case: Case) -> Run:
     groups = [
         {**group.overrides, "params": leaves} for group, leaves in zip(case.groups, case.parameters(), strict=True)
     ]

@@ -225,6 +225,7 @@ def test_empty_group_is_legal(name):
     only_empty = make(name, [{"params": []}])
     only_empty.step()
     only_empty.load_state_dict(only_empty.state_dict())
+    assert only_empty.torque_stats()["torque"].shape == (0,)
 
 
 # --- learning rates ------------------------------------------------------------------------------------------------
