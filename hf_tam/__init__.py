@@ -6,12 +6,11 @@ imports neither torch nor transformers by itself. The optimizers are imported wh
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from hf_tam._version import __version__
 from hf_tam.integrations.autoload import install
 
+# `typing` and `importlib` would take longer to import than everything else here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from hf_tam.checkpoint import export_torch_state_dict
     from hf_tam.optim import TAM, AdaTAM, AdaTAMW
@@ -30,6 +29,8 @@ def __getattr__(name: str) -> object:
     """Import a public name from its module when it is first asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)
 
 
