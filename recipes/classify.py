@@ -178,7 +178,7 @@ def report(trainer: Trainer, metrics: dict[str, float], arguments: tuple[Any, ..
 
 def announce_demo() -> None:
     """Say what runs, and what to pass for real work."""
-    print(
+    reporting.announce(
         "This is the demo: a tiny encoder learns what visitors of a library ask. For real work pass, for example,\n"
         "  --model_name_or_path MODEL --train_file train.csv --test_file test.csv --text_column A --label_column B"
     )

@@ -29,6 +29,7 @@ from transformers import (
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import causal_demo, completion, generation, models, records, reporting, training
 from recipes.support.arguments import DEMO, LoraArguments, ModelArguments, RunArguments, SftDataArguments
+from recipes.support.checkpoints import wants_resume
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.metrics import load_metrics
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     resume_from = training.check_run(run, arguments)
     train, validation = load_splits(data, arguments)
     if model_arguments.model_name_or_path == DEMO:
-        model_arguments.model_name_or_path = prepare_demo_model(run, arguments)
+        model_arguments.model_name_or_path = prepare_demo_model(arguments)
     set_seed(arguments.seed)
     tokenizer = models.load_tokenizer(model_arguments)
     model = models.load_model(AutoModelForCausalLM, model_arguments)
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     model = models.add_adapter(model, lora, TaskType.CAUSAL_LM)
     check_disk_space(Path(arguments.output_dir), model, full=lora.full)
 
+    # The evaluation before the first step is in the log of the run that is continued.
+    arguments.eval_on_start = arguments.eval_on_start and resume_from is None
     trainer = make_trainer(model, tokenizer, arguments, encoded_train, encoded_validation)
     prompts = generation.choose_prompts(encoded_validation, data.num_sample_generations)
     samples = {"prompts": tokenizer.batch_decode(prompts)}
@@ -111,14 +114,14 @@ def load_splits(data: SftDataArguments, arguments: TrainingArguments) -> tuple[r
     return train, validation
 
 
-def prepare_demo_model(run: RunArguments, arguments: TrainingArguments) -> str:
+def prepare_demo_model(arguments: TrainingArguments) -> str:
     """Pretrain the demo model into output_dir/base, on one process of each machine; a resumed run keeps the one there.
 
     Communication: a barrier, with several processes.
     """
     base = Path(arguments.output_dir) / "base"
     with arguments.main_process_first(local=True, desc="pretraining the demo model"):
-        if arguments.local_process_index == 0 and not (arguments.resume_from_checkpoint and base.is_dir()):
+        if arguments.local_process_index == 0 and not (wants_resume(arguments) and base.is_dir()):
             causal_demo.build_base(base, show_progress=not arguments.disable_tqdm)
     return str(base)
 
@@ -127,8 +130,6 @@ def make_trainer(
     model: Any, tokenizer: Any, arguments: TrainingArguments, train: Dataset, validation: Dataset
 ) -> Trainer:
     """Return the Trainer, which reports loss, perplexity and token accuracy at every evaluation."""
-    # The evaluation before the first step is in the log of the run that is continued.
-    arguments.eval_on_start = arguments.eval_on_start and not arguments.resume_from_checkpoint
     return Trainer(
         model=model,
         args=arguments,
@@ -197,7 +198,7 @@ def report(
 
 def announce_demo() -> None:
     """Say what runs, and what to pass for real work."""
-    print(
+    reporting.announce(
         "This is the demo: a small Llama that has read about animals learns to answer questions about them.\n"
         "For real work pass a model and your records (messages, prompt and completion, or text), for example\n"
         "  --model_name_or_path HuggingFaceTB/SmolLM2-135M --train_file train.jsonl"

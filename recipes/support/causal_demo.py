@@ -1,5 +1,6 @@
 """The demo of `sft.py`: a small Llama and its tokenizer, built and pretrained on the spot from the embedded data."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -33,15 +34,19 @@ def demo_records() -> tuple[Records, Records]:
 
 
 def build_base(folder: Path, *, num_steps: int = _PRETRAINING_STEPS, show_progress: bool = True) -> None:
-    """Build the tokenizer, pretrain the model, and save both to `folder`, where any recipe can load them."""
+    """Build the tokenizer, pretrain the model, and save both to `folder`, which appears whole or not at all."""
     set_seed(_BASE_SEED)
     paragraphs = animals.make_statements(num_rounds=20, seed=_BASE_SEED)
     questions, _ = animals.make_questions(seed=_BASE_SEED)
     tokenizer = _build_tokenizer(paragraphs + [record["prompt"] for record in questions])
     model = _build_model(tokenizer)
     _pretrain(model, tokenizer, paragraphs, num_steps=num_steps, show_progress=show_progress)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

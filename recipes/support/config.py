@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,12 @@ class RecipeParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message alone and exit with argparse's status, 2."""
         self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument; a bare percent sign in its help, as transformers 5.2 has, would break --help."""
+        if "help" in options:
+            options["help"] = re.sub(r"(?<!%)%(?![%(])", "%%", options["help"])
+        return super().add_argument(*names, **options)
 
     @property
     def field_names(self) -> list[str]:

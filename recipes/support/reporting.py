@@ -87,9 +87,16 @@ def _changed_settings(group: Any) -> dict[str, Any]:
     return {field.name: getattr(group, field.name) for field in fields if getattr(group, field.name) != field.default}
 
 
+def announce(message: str) -> None:
+    """Print `message` once, however many processes run; torchrun and accelerate number them in RANK."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
 def warn(message: str) -> None:
-    """Print a warning about the data on the terminal's error stream."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Print a warning about the data on the terminal's error stream, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def describe_run(trainer: Trainer, *, seconds: float) -> dict[str, Any]:

@@ -19,11 +19,16 @@ from recipes.support.reporting import MetricsFileCallback
 def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
     """Check output directory and checkpoint before anything slow is done; return the checkpoint to resume from.
 
+    Communication: a barrier, with several processes.
+
     Raises:
         RecipeError: the run cannot start, and why.
     """
     resuming = wants_resume(training)
     check_output_directory(Path(training.output_dir), overwrite=run.overwrite, resuming=resuming)
+    if training.world_size > 1:
+        # No process may write before the slowest has looked, or it would find the directory in use.
+        training.distributed_state.wait_for_everyone()
     return checkpoint_to_resume(training)
 
 
