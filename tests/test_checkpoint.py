@@ -142,6 +142,31 @@ def test_complex_and_strided_state(name, backend):
     assert_bitwise(optimizer, parameters, resumed, twins)
 
 
+@EVERY_BACKEND
+@pytest.mark.usefixtures("silent")
+def test_a_state_of_another_memory_layout(name, backend):
+    """Saved contiguous, loaded for channels-last and transposed parameters: a raw walk over memory would mix it up."""
+    parameters = fresh_parameters(((4, 3, 5, 5), (6, 7)))
+    optimizer = make(name, parameters, backend)
+    walk(optimizer, parameters, range(3))
+    saved = through_a_file(optimizer.state_dict())
+    image, matrix = (parameter.detach().clone() for parameter in parameters)
+    other = [
+        nn.Parameter(image.contiguous(memory_format=torch.channels_last)),
+        nn.Parameter(matrix.t().contiguous().t()),
+    ]
+    resumed = make(name, other, backend)
+    resumed.load_state_dict(saved)
+    for seed in range(3, 6):
+        set_gradients(parameters, seed)
+        for twin, parameter in zip(other, parameters, strict=True):
+            twin.grad = torch.empty_like(twin).copy_(parameter.grad)
+        optimizer.step()
+        resumed.step()
+    for twin, parameter in zip(other, parameters, strict=True):
+        torch.testing.assert_close(twin, parameter, rtol=1e-6, atol=1e-6)
+
+
 # --- hyperparameters -----------------------------------------------------------------------------------------------
 
 CHANGED = [
