@@ -76,9 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= evaluate_test(trainer, encoded)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        report(trainer, metrics, (run, model_arguments, data, lora, arguments), started=started)
+    with training.naming_a_full_disk(output_dir):
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            report(trainer, metrics, (run, model_arguments, data, lora, arguments), started=started)
     return 0
 
 

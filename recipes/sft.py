@@ -89,9 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= last_evaluation(trainer)
     samples["after"] = generation.complete(trainer.model, tokenizer, prompts)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        report(trainer, metrics, samples, (run, model_arguments, data, lora, arguments), started=started)
+    with training.naming_a_full_disk(Path(arguments.output_dir)):
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            report(trainer, metrics, samples, (run, model_arguments, data, lora, arguments), started=started)
     return 0
 
 

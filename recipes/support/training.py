@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,8 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
     try:
-        metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
-    except Exception as error:
-        raise_if_disk_is_the_cause(output_dir, error)
-        raise
+        with naming_a_full_disk(output_dir):
+            metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
     finally:
         interruption.restore_handlers()
     if interruption.received:
@@ -63,18 +63,23 @@ def metrics_path(run: RunArguments, output_dir: Path) -> Path:
     return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
 
 
-def raise_if_disk_is_the_cause(output_dir: Path, error: Exception) -> None:
+@contextmanager
+def naming_a_full_disk(output_dir: Path) -> Iterator[None]:
     """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
 
     Raises:
-        RecipeError: nothing can be written to `output_dir` any more.
+        RecipeError: something failed, and nothing can be written to `output_dir` any more.
     """
     try:
-        check_writable(output_dir)
-    except RecipeError as cause:
-        complete = last_complete_checkpoint(output_dir)
-        remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
-        raise RecipeError(f"{cause} Training stopped: {remedy}.") from error
+        yield
+    except Exception as error:
+        try:
+            check_writable(output_dir)
+        except RecipeError as cause:
+            complete = last_complete_checkpoint(output_dir)
+            remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
+            raise RecipeError(f"{cause} The run stopped: {remedy}.") from error
+        raise
 
 
 def _leave(number: int, trainer: Trainer) -> None:

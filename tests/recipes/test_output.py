@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
 from recipes.support import checkpoints, output, training
 from recipes.support.errors import RecipeError
 
@@ -91,7 +94,24 @@ def test_disk_that_fills_up_in_training_is_named(sft, monkeypatch):
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
     status, _, error = sft("--dataset_name", "demo", "--save_strategy", "steps")
     assert status == 1
-    assert "No space left on device. Training stopped: no checkpoint had been written" in error
+    assert "No space left on device. The run stopped: no checkpoint had been written" in error
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root can mount a small disk")
+def test_disk_that_is_really_full(sft, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6M", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this sandbox does not allow mounting")
+    try:
+        options = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 20, "--output_dir", disk / "run"]
+        status, _, error = sft("--dataset_name", "demo", "--eval_strategy", "no", *options)
+        assert status == 1
+        assert "No space left on device. The run stopped: make room and resume from" in error
+        named = error.rsplit("resume from ", 1)[1].strip().rstrip(".")
+        assert last_complete_checkpoint(disk / "run") == Path(named)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_other_failures_in_training_are_not_blamed_on_the_disk(sft, monkeypatch):
