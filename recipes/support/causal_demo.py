@@ -40,7 +40,11 @@ def build_base(folder: Path, *, num_steps: int = _PRETRAINING_STEPS, show_progre
     questions, _ = animals.make_questions(seed=_BASE_SEED)
     tokenizer = _build_tokenizer(paragraphs + [record["prompt"] for record in questions])
     model = _build_model(tokenizer)
+    # The matrices are too small to share among threads; with one the model is the same on any number of cores.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     _pretrain(model, tokenizer, paragraphs, num_steps=num_steps, show_progress=show_progress)
+    torch.set_num_threads(num_threads)
     partial = folder.with_name(f"{folder.name}.partial")
     for leftover in (partial, folder):
         shutil.rmtree(leftover, ignore_errors=True)

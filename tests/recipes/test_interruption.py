@@ -98,6 +98,17 @@ def test_run_stopped_by_sigterm_continues_bit_for_bit(uninterrupted, tiny_model,
     assert losses == expected
 
 
+def test_ctrl_c_before_training_is_one_line(sft, monkeypatch):
+    def interrupt_loading(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.sft.load_splits", interrupt_loading)
+    status, _, error = sft("--dataset_name", "demo")
+    assert status == 130
+    assert error == "interrupted outside training: no checkpoint was written\n"
+    assert not sft.output_dir.exists()
+
+
 def same_state(folder, other):
     weights, other_weights = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
     assert weights.keys() == other_weights.keys()
