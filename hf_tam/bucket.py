@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +31,7 @@ class Bucket:
         scalars: The scalar states before this step by name (`step`, `torque`, ...), shape (n,), `accumulator_dtype`.
         active: Whether the torque still acts (`torque_steps`), shape (n,), or None where it always does.
         sums: Rows <m, g>, |m|^2, |g|^2, raw |g|^2, shape (n, 4). |m|^2 is of the moment as it is stored.
+        present: Whether any rank has a gradient of the tensor, shape (n,), or None where all have one.
         keep: False where the step is skipped, shape (n,), or None where nothing is.
         cosine: s_t, shape (n,).
         damping: The damping applied in this step, shape (n,).
@@ -44,6 +44,7 @@ class Bucket:
     scalars: dict[str, Tensor]
     active: Tensor | None
     sums: Tensor = field(default_factory=lambda: torch.empty(0, 4))
+    present: Tensor | None = None
     keep: Tensor | None = None
     cosine: Tensor = field(default_factory=lambda: torch.empty(0))
     damping: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -95,7 +96,8 @@ class Bucket:
     def angle_sums(self, moment_scale: Tensor) -> Tensor:
         """Rows <m, g>, |m|^2 and |g|^2, shape (3, n), for m = `moment_scale` * the moment as it is stored."""
         dot, momentum_sq, grad_sq, _ = self.sums.unbind(1)
-        return torch.stack([dot * moment_scale, momentum_sq * moment_scale.square(), grad_sq])
+        rows = torch.stack([dot * moment_scale, momentum_sq * moment_scale.square(), grad_sq])
+        return rows if self.present is None else torch.where(self.present, rows, 0.0)
 
     @property
     def raw_grad_sq(self) -> Tensor:
@@ -103,8 +105,13 @@ class Bucket:
         return self.sums[:, 3]
 
     def finite(self) -> Tensor:
-        """Whether each gradient is free of NaN and Inf, shape (n,) bool."""
+        """Whether each gradient is free of NaN and Inf, shape (n,) bool; one that no rank has is."""
         return self.raw_grad_sq.isfinite()
+
+    def set_sums(self, reduced: Tensor, present: Tensor | None) -> None:
+        """Take the sums of whole tensors, and leave out what no rank has a gradient of."""
+        self.sums, self.present = reduced, present
+        self.keep = None if present is None or (self.on_host and bool(present.all())) else present
 
     def coefficient(self, cosine: Tensor) -> Tensor:
         """Advance the torque by `cosine` and return c_t, the factor on the gradient, shape (n,)."""
@@ -163,8 +170,3 @@ def _gather(entries: list[Entry], key: str) -> Tensor:
     """One scalar state of every entry as a 1-D tensor of `accumulator_dtype`."""
     values = torch.stack([entry.state[key] for entry in entries])
     return values.to(update.accumulator_dtype(values.device))
-
-
-def split_rows(rows: Tensor, buckets: list[Bucket]) -> Iterator[tuple[Bucket, Tensor]]:
-    """Each bucket with its share of `rows`, whose first dimension runs over the tensors of all buckets."""
-    return zip(buckets, torch.split(rows, [len(bucket.entries) for bucket in buckets]), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +15,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import checkpoint, update
 from hf_tam.backends import Entry, select_backend
-from hf_tam.bucket import Bucket, split_rows
+from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.ownership import OwnedParameters
-from hf_tam.sharding import select_reducer
+from hf_tam.sharding import Reducer, select_reducer
 from hf_tam.telemetry import Telemetry
 
 
@@ -48,6 +49,9 @@ class TorqueAware(Optimizer, ABC):
     def _reset_runtime(self) -> None:
         self._owned = OwnedParameters()
         self._telemetry = Telemetry()
+        self._module: weakref.ref[nn.Module] | None = None
+        self._reducer: Reducer | None = None
+        self._reduced: list[weakref.ref[Tensor]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -77,6 +81,8 @@ class TorqueAware(Optimizer, ABC):
                 "parameters the optimizer was built with"
             )
         self._owned.add_named(named)
+        self._module = weakref.ref(module)
+        self._reducer = None
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -120,23 +126,41 @@ class TorqueAware(Optimizer, ABC):
     # reading scalars on the host would break the graph at every tensor and recompile at every new learning rate.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
-        params = list(self._params())
-        reducer = select_reducer(params, self._owned)
+        reducer = self._select_reducer(list(self._params()))
         devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
-        for bucket in self._buckets():
+        for bucket in self._buckets(reducer):
             devices[bucket.device].append(bucket)
         self._check_devices(devices)
         for buckets in devices.values():
             shared = any(bucket.group["scope"] == "model" and bucket.any_active() for bucket in buckets)
             rows = [bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model") for bucket in buckets]
-            for bucket, sums in split_rows(reducer.reduce(torch.cat(rows)), buckets):
-                bucket.sums = sums
+            self._reduce(reducer, buckets, torch.cat(rows))
         self._refuse_nonfinite(chain.from_iterable(devices.values()))
         self._telemetry.start()
         for buckets in devices.values():
             self._skip_nonfinite(buckets)
             self._angles(buckets)
             self._telemetry.record(buckets)
+
+    def _select_reducer(self, params: list[Tensor]) -> Reducer:
+        """The reducer for `params`, found anew when other tensors stand in the groups than in the last step."""
+        same = len(params) == len(self._reduced) and all(
+            reference() is param for reference, param in zip(self._reduced, params, strict=True)
+        )
+        if self._reducer is None or not same:
+            module = None if self._module is None else self._module()
+            self._reducer = select_reducer(params, self._owned, names=self._names(), module=module)
+            self._reduced = [weakref.ref(param) for param in params]
+        return self._reducer
+
+    def _reduce(self, reducer: Reducer, buckets: list[Bucket], local_sums: Tensor) -> None:
+        entries = [entry for bucket in buckets for entry in bucket.entries]
+        present = [entry.owner.grad is not None for entry in entries]
+        reduced = reducer.reduce(local_sums, [entry.index for entry in entries], present=present)
+        sizes = [len(bucket.entries) for bucket in buckets]
+        marks = [None] * len(buckets) if reduced.present is None else torch.split(reduced.present, sizes)
+        for bucket, sums, mark in zip(buckets, torch.split(reduced.sums, sizes), marks, strict=True):
+            bucket.set_sums(sums, mark)
 
     def _angles(self, buckets: list[Bucket]) -> None:
         """One step for the tensors on one device: a cosine each, or one for all of scope "model"."""
@@ -175,7 +199,7 @@ class TorqueAware(Optimizer, ABC):
             return
         self._telemetry.count_skipped(counted, on_host=on_host)
         for bucket, keep in zip(buckets, keeps, strict=True):
-            bucket.keep = keep
+            bucket.keep = keep if bucket.keep is None else keep & bucket.keep
 
     def _nonfinite_message(self, entry: Entry) -> str:
         name = self._names()[entry.index] or f"number {entry.index}, shape {tuple(entry.owner.shape)}"
@@ -184,22 +208,24 @@ class TorqueAware(Optimizer, ABC):
             "Lower the learning rate or look at the batch, or pass nonfinite='skip'"
         )
 
-    def _buckets(self) -> Iterator[Bucket]:
+    def _buckets(self, reducer: Reducer) -> Iterator[Bucket]:
         index = 0
         for group in self.param_groups:
             per_device: defaultdict[torch.device, list[Entry]] = defaultdict(list)
             for param in group["params"]:
-                if param.grad is not None:
-                    per_device[param.device].append(self._entry(index, param, group))
+                grad = reducer.gradient(param)
+                if grad is not None:
+                    per_device[param.device].append(self._entry(index, param, grad, group, local=reducer.local))
                 index += 1
             for device, entries in per_device.items():
                 on_host = device.type == "cpu" and not group["capturable"]
                 backend = select_backend(device, foreach=group["foreach"], fused=group["fused"], on_host=on_host)
                 yield Bucket.of(group, entries, scalars=self.scalar_states, backend=backend, on_host=on_host)
 
-    def _entry(self, index: int, param: Tensor, group: dict[str, Any]) -> Entry:
-        assert param.grad is not None
-        if param.grad.is_sparse:
+    def _entry(
+        self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any], *, local: Callable[[Tensor], Tensor]
+    ) -> Entry:
+        if grad.is_sparse:
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
             )
@@ -212,7 +238,9 @@ class TorqueAware(Optimizer, ABC):
         if not state:
             self._init_state(param, state)
         decay = group["weight_decay"] if self.coupled else 0.0
-        return Entry.of(index, param, state, first=self.moments[0], decay=decay, maximize=group["maximize"])
+        return Entry.of(
+            index, param, grad, state, local=local, moments=self.moments, decay=decay, maximize=group["maximize"]
+        )
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +44,38 @@ class Entry:
 
     @classmethod
     def of(
-        cls, index: int, owner: Tensor, state: dict[str, Any], *, first: str, decay: float, maximize: bool
+        cls,
+        index: int,
+        owner: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        *,
+        local: Callable[[Tensor], Tensor],
+        moments: Sequence[str],
+        decay: float,
+        maximize: bool,
     ) -> Entry:
-        """The entry of a parameter whose `.grad` is set and whose state exists."""
-        assert owner.grad is not None
-        second = state.get("exp_avg_sq")
+        """The entry of a parameter whose state exists.
+
+        Args:
+            index: Position among all parameters.
+            owner: The parameter.
+            grad: What this rank holds of its gradient.
+            state: `optimizer.state[owner]`.
+            local: Gives what this rank holds of the parameter and of its moments.
+            moments: State keys of the first and, if there is one, the second moment.
+            decay: Coupled weight decay.
+            maximize: Whether the gradient's sign is turned.
+        """
+        held = [_real(local(state[key])) for key in moments]
         return cls(
             index=index,
             owner=owner,
-            param=_real(owner.detach()),
-            raw_grad=_real(owner.grad.detach()),
+            param=_real(local(owner.detach())),
+            raw_grad=_real(grad.detach()),
             state=state,
-            first=_real(state[first]),
-            second=None if second is None else _real(second),
+            first=held[0],
+            second=held[1] if len(held) > 1 else None,
             coupled_decay=decay,
             maximize=maximize,
         )

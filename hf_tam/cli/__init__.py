@@ -10,9 +10,7 @@ from hf_tam.cli import activate, deactivate, run, status
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser; each subcommand sets `command`, the function that runs it."""
-    parser = argparse.ArgumentParser(
-        prog="hf-tam", description="Make --optim adatamw, adatam and tam known."
-    )
+    parser = argparse.ArgumentParser(prog="hf-tam", description="Make --optim adatamw, adatam and tam known.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for subcommand in (run, activate, deactivate, status):
         subcommand.add_parser(subparsers)

@@ -1,0 +1,69 @@
+"""DTensor: FSDP2, HSDP, tensor parallelism and their products on meshes of any dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hf_tam.sharding.groups import ShardGroups
+from hf_tam.sharding.reducer import Reduced
+
+
+class DTensorReducer:
+    """Sums over every mesh axis on which a parameter is not replicated; replicas are not counted twice.
+
+    Plain tensors beside DTensors (the norms of a tensor-parallel model) are whole.
+
+    Args:
+        params: All parameters of the optimizer, in order.
+        names: Their names, None where unknown.
+
+    Raises:
+        RuntimeError: A placement is neither a shard nor a replica, or the ranks disagree.
+    """
+
+    def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None]) -> None:
+        """Find each parameter's groups; see `ShardGroups` for what is communicated."""
+        descriptions = [_describe(position, param, names[position]) for position, param in enumerate(params)]
+        self._groups = ShardGroups([_shard_groups(param) for param in params], descriptions)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The local shard."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def gradient(self, param: Tensor) -> Tensor | None:
+        """The local shard of the gradient. Redistributes (and so communicates) only where its placements differ."""
+        grad = param.grad
+        if isinstance(grad, DTensor) and isinstance(param, DTensor):
+            if grad.placements != param.placements:
+                grad = grad.redistribute(placements=param.placements)
+            return grad.to_local()
+        return grad
+
+    def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
+        """One all-reduce for each mesh axis over which anything is cut."""
+        return Reduced(self._groups.reduce(sums, rows, present=present).sums)
+
+
+def _shard_groups(param: Tensor) -> list[ProcessGroup]:
+    if not isinstance(param, DTensor):
+        return []
+    groups = []
+    for axis, placement in enumerate(param.placements):
+        if isinstance(placement, Replicate):
+            continue
+        # FSDP2 on top of tensor parallelism gives _StridedShard, which is no Shard and whose is_shard() is False.
+        if not isinstance(placement, Shard) and type(placement).__name__ != "_StridedShard":
+            raise RuntimeError(
+                f"hf_tam cannot take the angle of a parameter that is placed as {placement} on mesh axis {axis}: "
+                "parameters must be Shard or Replicate on every axis"
+            )
+        groups.append(param.device_mesh.get_group(axis))
+    return groups
+
+
+def _describe(position: int, param: Tensor, name: str | None) -> str:
+    return f"{name or f'parameter {position}'} {tuple(param.shape)} {param.dtype}"

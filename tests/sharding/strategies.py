@@ -1,0 +1,221 @@
+"""The ways of sharding, and one training run that a sharded model and its unsharded twin both go through."""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import hf_tam
+from hf_tam.sharding import Reduced
+
+STEPS = 20
+
+
+class Model(nn.Module):
+    """Dimensions that no world size divides, parameters smaller than the world, one that is used now and then."""
+
+    def __init__(self, lora):
+        super().__init__()
+        torch.manual_seed(3)
+        self.up = nn.Linear(5, 12)
+        self.middle = nn.Linear(12, 12)
+        self.down = nn.Linear(12, 3)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.sometimes = nn.Parameter(torch.full((3, 7), 0.3))
+        self.never = nn.Parameter(torch.ones(2, 2))
+        self.adapter = nn.ParameterList([nn.Parameter(torch.randn(2, 12)), nn.Parameter(torch.zeros(12, 2))])
+        if lora:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.startswith("adapter"))
+
+    def forward(self, inputs, step):
+        hidden = torch.relu(self.up(inputs))
+        hidden = self.middle(hidden) + hidden @ self.adapter[0].T @ self.adapter[1].T
+        outputs = self.down(torch.tanh(hidden)) * self.gain
+        return outputs + inputs[:, :3] * self.sometimes.sum() if step % 3 == 1 else outputs
+
+
+@dataclass
+class Sharding:
+    """One way of sharding a model.
+
+    Attributes:
+        world: Number of processes.
+        shard: Takes the model, returns what is trained.
+        groups: How many all-reduces a step takes.
+        flat: Whether a missing gradient becomes zeros (a flat buffer).
+        data_axis: Whether ranks see different data, whose gradients the wrapper averages.
+        whole: Gives the whole values of a parameter.
+    """
+
+    name: str
+    world: int
+    shard: object
+    groups: int = 1
+    flat: bool = False
+    lora: bool = False
+    kinds: tuple = field(default=(DTensor,))
+
+
+def ddp(model):
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def fsdp1(strategy):
+    def shard(model):
+        return FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu"), sharding_strategy=strategy
+        )
+
+    return shard
+
+
+def fsdp2(*, reshard=True, shape=None, offload=False):
+    def shard(model):
+        size = torch.distributed.get_world_size()
+        mesh = init_device_mesh("cpu", shape or (size,), mesh_dim_names=("replicate", "shard")[-len(shape or (1,)) :])
+        options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+        fully_shard(model.middle, mesh=mesh, reshard_after_forward=reshard, **options)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=reshard, **options)
+
+    return shard
+
+
+PLAN = {"up": ColwiseParallel(), "middle": RowwiseParallel()}
+
+
+def tensor_parallel(model):
+    return parallelize_module(model, init_device_mesh("cpu", (torch.distributed.get_world_size(),)), PLAN)
+
+
+def run(optimizer_name, sharding, options, *, cut):
+    """Train a sharded model beside its unsharded twin; what each of them ended with.
+
+    Args:
+        optimizer_name: A class of hf_tam.
+        sharding: A `Sharding`.
+        options: Arguments of the optimizer.
+        cut: Whether the reduction is left out, as a naive optimizer would.
+    """
+    twin, model = Model(sharding.lora), Model(sharding.lora)
+    sharded = sharding.shard(model)
+    optimizers = []
+    for module in (twin, sharded):
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = getattr(hf_tam, optimizer_name)(trainable, lr=0.02, **options)
+        optimizer.attach(module)
+        optimizers.append(optimizer)
+    kinds = {type(parameter) for parameter in optimizers[1].param_groups[0]["params"]}
+    calls = []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        batches = torch.randn(2, 6, 5, generator=generator)
+        _train(twin, optimizers[0], batches, step, flat=sharding.flat)
+        with _counted(calls if step else None, cut=cut, optimizer=optimizers[1]):
+            _train(sharded, optimizers[1], batches, step, flat=False)
+    stats = [optimizer.torque_stats() for optimizer in optimizers]
+    return {
+        "kinds": [kind.__name__ for kind in kinds],
+        "reduces": len(calls) / (STEPS - 1),
+        "bytes": max(calls, default=0),
+        "tensors": len(stats[0]["torque"]),
+        "torque": (stats[1]["torque"] - stats[0]["torque"]).abs().max().item(),
+        "damping": stats[0]["damping"].tolist(),
+        "grad_norm": (stats[1]["grad_norm"] - stats[0]["grad_norm"]).abs().item(),
+        "parameters": _distance(sharded, twin),
+    }
+
+
+def _train(module, optimizer, batches, step, *, flat):
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02 * (1 - step / STEPS)
+    optimizer.zero_grad()
+    for batch in batches:  # gradient accumulation
+        loss = (module(batch, step) - batch[:, :3].sin()).square().mean() / len(batches)
+        loss.backward()
+    for parameter in module.parameters():
+        if flat and parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if isinstance(module, FullyShardedDataParallel):
+        module.clip_grad_norm_(0.5)
+    else:
+        torch.nn.utils.clip_grad_norm_(_same_mesh(module), 0.5)
+    optimizer.step()
+
+
+def _same_mesh(module):
+    """torch's clipping cannot span meshes: with a tensor-parallel model only the plain parameters are clipped."""
+    kinds = {isinstance(parameter, DTensor) for parameter in module.parameters() if parameter.requires_grad}
+    wanted = kinds.pop() if len(kinds) == 1 else None
+    return [p for p in module.parameters() if wanted is not None and p.requires_grad]
+
+
+@contextlib.contextmanager
+def _counted(calls, *, cut, optimizer):
+    """Note the bytes of each all-reduce that the optimizer itself asks for; leave the reduction out if `cut`."""
+    from hf_tam.sharding import groups
+
+    original = groups._all_reduce
+    advance = type(optimizer)._reduce
+
+    def counting(tensor, group):
+        if calls is not None:
+            calls.append(tensor.numel() * tensor.element_size())
+        return original(tensor, group)
+
+    def naive(self, reducer, buckets, sums):
+        sizes = [len(bucket.entries) for bucket in buckets]
+        for bucket, rows in zip(buckets, torch.split(sums, sizes), strict=True):
+            bucket.set_sums(Reduced(rows).sums, None)
+
+    groups._all_reduce = counting
+    if cut:
+        type(optimizer)._reduce = naive
+    try:
+        yield
+    finally:
+        groups._all_reduce = original
+        type(optimizer)._reduce = advance
+
+
+def _distance(sharded, twin):
+    """The largest difference of any parameter, relative to its largest value."""
+    if isinstance(sharded, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(sharded, writeback=False):
+            return _largest(dict(sharded.module.named_parameters()), dict(twin.named_parameters()))
+    whole = {
+        name.removeprefix("module."): parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in sharded.named_parameters()
+    }
+    return _largest(whole, dict(twin.named_parameters()))
+
+
+def _largest(actual, expected):
+    return max(
+        ((actual[name].reshape(-1) - value.reshape(-1)).abs().max() / value.abs().max()).item()
+        for name, value in expected.items()
+    )
+
+
+SHARDINGS = [
+    *(Sharding(f"ddp-{size}", size, ddp, groups=0, kinds=(nn.Parameter,)) for size in (2, 4)),
+    *(
+        Sharding(f"fsdp1-{strategy.name.lower()}-{size}", size, fsdp1(strategy), flat=True, kinds=(nn.Parameter,))
+        for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
+        for size in (2, 4)
+    ),
+    *(
+        Sharding(f"fsdp2-reshard-{reshard}-{size}", size, fsdp2(reshard=reshard))
+        for reshard in (True, False)
+        for size in (2, 3, 4)
+    ),
+    Sharding("fsdp2-lora-4", 4, fsdp2(), lora=True),
+    Sharding("fsdp2-offload-2", 2, fsdp2(offload=True)),
+    Sharding("hsdp-4", 4, fsdp2(shape=(2, 2))),
+    *(Sharding(f"tp-{size}", size, tensor_parallel, kinds=(DTensor, nn.Parameter)) for size in (2, 4)),
+]

@@ -1,0 +1,67 @@
+"""The same angles however a tensor is cut: 20 steps of a sharded model against its unsharded twin."""
+
+import pytest
+import torch
+
+from tests.sharding import strategies
+
+pytestmark = pytest.mark.distributed
+
+# Torques are sums in fp64, rounded to fp32 once a step; parameters differ by the order in which gradients are averaged.
+TORQUE = 1e-6
+PARAMETERS = 1e-5
+OPTIONS = {"AdaTAMW": {"weight_decay": 0.1}, "AdaTAM": {"weight_decay": 0.1}, "TAM": {"weight_decay": 0.1}}
+CASES = [pytest.param(sharding, id=sharding.name) for sharding in strategies.SHARDINGS]
+
+
+def in_world(name, optimizer_name, options, cut):
+    sharding = next(sharding for sharding in strategies.SHARDINGS if sharding.name == name)
+    return strategies.run(optimizer_name, sharding, options, cut=cut)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("optimizer_name", ["AdaTAMW", "AdaTAM", "TAM"])
+@pytest.mark.parametrize("sharding", CASES)
+def test_sharded_is_unsharded(worlds, sharding, optimizer_name, scope):
+    options = {**OPTIONS[optimizer_name], "scope": scope}
+    for result in worlds(sharding.world).run(in_world, sharding.name, optimizer_name, options, False):
+        assert set(result["kinds"]) == {kind.__name__ for kind in sharding.kinds} | (
+            {"Parameter"} if sharding.name.startswith("tp") else set()
+        )
+        assert result["torque"] <= TORQUE, result
+        assert result["parameters"] <= PARAMETERS, result
+        assert result["reduces"] == sharding.groups
+        assert result["bytes"] <= 32 * result["tensors"]
+        assert max(result["damping"]) - min(result["damping"]) > 0.01 or scope == "model"
+
+
+@pytest.mark.parametrize("sharding", [case for case in CASES if case.values[0].groups])
+def test_without_the_reduction_it_is_another_optimizer(worlds, sharding):
+    results = worlds(sharding.world).run(in_world, sharding.name, "AdaTAMW", {}, True)
+    assert max(result["torque"] for result in results) > 100 * TORQUE
+    assert max(result["parameters"] for result in results) > 100 * PARAMETERS
+
+
+def different_parameters():
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    width = 4 + torch.distributed.get_rank()
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, width))
+    local = torch.distributed.tensor.DTensor.from_local
+    from torch.distributed.tensor import Shard
+
+    parameters = [torch.nn.Parameter(local(p.detach(), mesh, [Shard(0)], run_check=False)) for p in model.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    import hf_tam
+
+    try:
+        hf_tam.AdaTAMW(parameters).step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_disagree_get_the_first_difference(worlds):
+    for message in worlds(2).run(different_parameters):
+        assert "number 2 is parameter 2 (8, 4)" in message
+        assert "(10, 4)" in message
