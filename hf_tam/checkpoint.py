@@ -32,6 +32,8 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The state is another optimizer's, AMSGrad's, Nesterov's, or has other shapes than the parameters.
     """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(f"not the state_dict of an optimizer: it holds {sorted(map(str, state_dict))}")
     saved_groups = deepcopy(state_dict["param_groups"])
     lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
     if lengths[0] != lengths[1]:

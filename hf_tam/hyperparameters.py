@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def _refuse(name: str, value: object, accepted: str) -> None:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
 
 def _learning_rate(name: str, value: object) -> None:
@@ -97,7 +98,7 @@ def _betas(name: str, value: object) -> None:
 
 
 def _torque_steps(name: str, value: object) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+    if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0):
         _refuse(name, value, "None or a whole number >= 0")
 
 

@@ -52,7 +52,8 @@ class Telemetry:
             device: Where the results go.
         """
         zero = torch.zeros((), dtype=torch.float32, device=device)
-        torque = torch.stack([zero if value is None else value.to(device) for value in torques])
+        held = [zero if value is None else value.to(device) for value in torques]
+        torque = torch.stack(held) if held else zero.new_zeros(0)
         cosine, damping = torch.zeros_like(torque), update.damping(torque)
         total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
         for record in self._records:

@@ -66,7 +66,9 @@ class TorqueAware(Optimizer, ABC):
         self._owned.add(self.param_groups[-1]["params"])
 
     def attach(self, module: nn.Module) -> None:
-        """Tell the optimizer which module owns its parameters. Optional, idempotent, no communication.
+        """Tell the optimizer which module owns its parameters. Idempotent, no communication.
+
+        Needed under FSDP1, where only the module knows how its parameters are cut; optional otherwise.
 
         The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
         optimizer was built is accepted again if it is the module's.
@@ -97,7 +99,9 @@ class TorqueAware(Optimizer, ABC):
         """
         params = list(self._params())
         torques = [self.state[param].get("torque") if param in self.state else None for param in params]
-        return self._telemetry.stats(torques, names=self._names(), device=params[0].device)
+        return self._telemetry.stats(
+            torques, names=self._names(), device=params[0].device if params else torch.device("cpu")
+        )
 
     @property
     def skipped(self) -> int:
@@ -106,13 +110,17 @@ class TorqueAware(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one optimization step. No communication: tensors are whole in this version.
+        """Perform one optimization step.
+
+        Communication: none on one device and under DDP. With sharded parameters one all-reduce for each group of ranks
+        over which they are cut, of 32 bytes a parameter tensor; every rank of a group must call step().
 
         Args:
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: A parameter is sharded or was replaced, is on the meta device, or has a sparse gradient.
+            RuntimeError: A parameter is kept in a way that is not known, is on the meta device, or has a sparse
+                gradient; or the ranks of a shard group hold different parameters.
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`; nothing was changed.
         """
         loss = None

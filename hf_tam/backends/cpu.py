@@ -67,7 +67,9 @@ def _products(left: Tensor, right: Tensor) -> tuple[float, float, float]:
 
 def _chunked_products(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> tuple[float, float, float]:
     dot = left_sq = right_sq = 0.0
-    for left_chunk, right_chunk in zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True):
+    small = left.numel() <= CHUNK
+    chunks = [(left, right)] if small else zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True)
+    for left_chunk, right_chunk in chunks:
         left_chunk, right_chunk = left_chunk.to(dtype), right_chunk.to(dtype)
         right_sq += torch.dot(right_chunk, right_chunk).item()
         if left is not right:

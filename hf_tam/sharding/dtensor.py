@@ -58,7 +58,7 @@ def _shard_groups(param: Tensor) -> list[ProcessGroup]:
         # FSDP2 on top of tensor parallelism gives _StridedShard, which is no Shard and whose is_shard() is False.
         if not isinstance(placement, Shard) and type(placement).__name__ != "_StridedShard":
             raise RuntimeError(
-                f"hf_tam cannot take the angle of a parameter that is placed as {placement} on mesh axis {axis}: "
+                f"hf_tam cannot take the angle of a parameter that is placed as {placement!r} on mesh axis {axis}: "
                 "parameters must be Shard or Replicate on every axis"
             )
         groups.append(param.device_mesh.get_group(axis))

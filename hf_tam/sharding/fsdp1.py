@@ -40,8 +40,8 @@ class Fsdp1Reducer:
         if missing is not None:
             position = next(position for position, param in enumerate(params) if param is missing)
             raise RuntimeError(
-                f"parameter {position} is a slice that FSDP1 made, but the attached {type(module).__name__} does not own "
-                "it: call optimizer.attach(model) with the FSDP model that the optimizer was built for"
+                f"parameter {position} is a slice that FSDP1 made, but the attached {type(module).__name__} does not "
+                "own it: call optimizer.attach(model) with the FSDP model that the optimizer was built for"
             )
         groups: list[list[ProcessGroup]] = []
         descriptions = []

@@ -1,4 +1,4 @@
-"""What the sharded reducers share: rows of all logical tensors, one all-reduce a shard group, and the check of agreement."""
+"""What the sharded reducers share: rows of all logical tensors, one all-reduce a group, the check of agreement."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class ShardGroups:
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce of 8 bytes times the columns of a logical tensor in each group.
 
-        A gradient of zeros and no gradient have the same sums. The smallest normal number, added to |g|^2 where there is a
-        gradient, tells them apart without a column of its own, and changes no other sum.
+        A gradient of zeros and no gradient have the same sums. The smallest normal number, added to |g|^2 where there
+        is a gradient, tells them apart without a column of its own, and changes no other sum.
 
         Args:
             sums: Shape (n, columns), the last column |g|^2 of the raw gradient.
@@ -80,8 +80,8 @@ def _require_agreement(group: ProcessGroup, mine: list[str]) -> None:
         if difference is not None:
             raise RuntimeError(
                 f"the ranks of a shard group hold different parameters: {difference} on ranks "
-                f"{dist.get_global_rank(group, 0)} and {dist.get_global_rank(group, position)}. Build the same model, with "
-                "the same trainable parameters in the same order, on every rank"
+                f"{dist.get_global_rank(group, 0)} and {dist.get_global_rank(group, position)}. Build the same model, "
+                "with the same trainable parameters in the same order, on every rank"
             )
 
 

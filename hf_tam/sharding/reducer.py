@@ -1,8 +1,8 @@
 """From local partial sums to those of whole logical tensors.
 
 A logical tensor is the parameter as the model defines it. What a rank holds of it is the strategy's business, one file
-each; `select_reducer` is the one place that chooses, and refuses what it does not know: the angle of a part of a tensor
-is another angle, so there is nothing to fall back to.
+each; `select_reducer` is the one place that chooses, and refuses what it does not know: the angle of a part of a
+tensor is another angle, so there is nothing to fall back to.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 _REMEDY = (
-    "An angle needs the whole tensor; hf_tam is exact on one device, under DDP, FSDP1 (use_orig_params=True), FSDP2, HSDP "
-    "and tensor parallelism: use one of those, or --optim adamw_torch with this wrapper."
+    "An angle needs the whole tensor; hf_tam is exact on one device, under DDP, FSDP1 (use_orig_params=True), FSDP2, "
+    "HSDP and tensor parallelism: use one of those, or --optim adamw_torch with this wrapper."
 )
 
 
@@ -81,8 +81,8 @@ def select_reducer(
         module: The attached module, if any.
 
     Raises:
-        RuntimeError: A tensor is flattened or was put in place of the user's parameters by a wrapper, is cut in a way that
-            is not known, or the ranks of a shard group disagree.
+        RuntimeError: A tensor is flattened or was put in place of the user's parameters by a wrapper, is cut in a way
+            that is not known, or the ranks of a shard group disagree.
     """
     kinds = [_kind(param, known) for param in params]
     unknown = next(

@@ -28,14 +28,14 @@ class Model(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
         self.sometimes = nn.Parameter(torch.full((3, 7), 0.3))
         self.never = nn.Parameter(torch.ones(2, 2))
-        self.adapter = nn.ParameterList([nn.Parameter(torch.randn(2, 12)), nn.Parameter(torch.zeros(12, 2))])
+        self.adapter = nn.ParameterList([nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.zeros(12, 2))])
         if lora:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name.startswith("adapter"))
 
     def forward(self, inputs, step):
         hidden = torch.relu(self.up(inputs))
-        hidden = self.middle(hidden) + hidden @ self.adapter[0].T @ self.adapter[1].T
+        hidden = self.middle(hidden) + inputs @ self.adapter[0].T @ self.adapter[1].T
         outputs = self.down(torch.tanh(hidden)) * self.gain
         return outputs + inputs[:, :3] * self.sometimes.sum() if step % 3 == 1 else outputs
 
@@ -49,8 +49,9 @@ class Sharding:
         shard: Takes the model, returns what is trained.
         groups: How many all-reduces a step takes.
         flat: Whether a missing gradient becomes zeros (a flat buffer).
-        data_axis: Whether ranks see different data, whose gradients the wrapper averages.
-        whole: Gives the whole values of a parameter.
+        lora: Whether all but two small adapters is frozen.
+        clip: Whether gradients are clipped; torch's clipping cannot span tensor-parallel and plain parameters.
+        kinds: The types that the trained parameters must have.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Sharding:
     groups: int = 1
     flat: bool = False
     lora: bool = False
+    clip: bool = True
     kinds: tuple = field(default=(DTensor,))
 
 
@@ -115,9 +117,9 @@ def run(optimizer_name, sharding, options, *, cut):
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         batches = torch.randn(2, 6, 5, generator=generator)
-        _train(twin, optimizers[0], batches, step, flat=sharding.flat)
+        _train(twin, optimizers[0], batches, step, flat=sharding.flat, clip=sharding.clip)
         with _counted(calls if step else None, cut=cut, optimizer=optimizers[1]):
-            _train(sharded, optimizers[1], batches, step, flat=False)
+            _train(sharded, optimizers[1], batches, step, flat=False, clip=sharding.clip)
     stats = [optimizer.torque_stats() for optimizer in optimizers]
     return {
         "kinds": [kind.__name__ for kind in kinds],
@@ -131,7 +133,7 @@ def run(optimizer_name, sharding, options, *, cut):
     }
 
 
-def _train(module, optimizer, batches, step, *, flat):
+def _train(module, optimizer, batches, step, *, flat, clip):
     for group in optimizer.param_groups:
         group["lr"] = 0.02 * (1 - step / STEPS)
     optimizer.zero_grad()
@@ -141,18 +143,11 @@ def _train(module, optimizer, batches, step, *, flat):
     for parameter in module.parameters():
         if flat and parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if isinstance(module, FullyShardedDataParallel):
+    if clip and isinstance(module, FullyShardedDataParallel):
         module.clip_grad_norm_(0.5)
-    else:
-        torch.nn.utils.clip_grad_norm_(_same_mesh(module), 0.5)
+    elif clip:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
     optimizer.step()
-
-
-def _same_mesh(module):
-    """torch's clipping cannot span meshes: with a tensor-parallel model only the plain parameters are clipped."""
-    kinds = {isinstance(parameter, DTensor) for parameter in module.parameters() if parameter.requires_grad}
-    wanted = kinds.pop() if len(kinds) == 1 else None
-    return [p for p in module.parameters() if wanted is not None and p.requires_grad]
 
 
 @contextlib.contextmanager
@@ -202,6 +197,12 @@ def _largest(actual, expected):
     )
 
 
+def fsdp2_on_tensor_parallel(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    parallelize_module(model, mesh["tensor"], PLAN)
+    return fully_shard(model, mesh=mesh["shard"])
+
+
 SHARDINGS = [
     *(Sharding(f"ddp-{size}", size, ddp, groups=0, kinds=(nn.Parameter,)) for size in (2, 4)),
     *(
@@ -217,5 +218,6 @@ SHARDINGS = [
     Sharding("fsdp2-lora-4", 4, fsdp2(), lora=True),
     Sharding("fsdp2-offload-2", 2, fsdp2(offload=True)),
     Sharding("hsdp-4", 4, fsdp2(shape=(2, 2))),
-    *(Sharding(f"tp-{size}", size, tensor_parallel, kinds=(DTensor, nn.Parameter)) for size in (2, 4)),
+    Sharding("fsdp2-tp-4", 4, fsdp2_on_tensor_parallel, groups=2, clip=False),
+    *(Sharding(f"tp-{size}", size, tensor_parallel, clip=False, kinds=(DTensor, nn.Parameter)) for size in (2, 4)),
 ]

@@ -1,11 +1,11 @@
-"""Real wrappers that leave a part of a tensor on each rank are refused by name, never given the angle of a part."""
+"""What keeps a tensor in a way that is not known is refused by name, never given the angle of a part."""
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial
 
 import hf_tam
 
@@ -24,56 +24,39 @@ def model():
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
-def shard_fsdp1(module):
-    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
-
-
-def shard_fsdp1_flat(module):
-    return FullyShardedDataParallel(module, use_orig_params=False, device_id=torch.device("cpu"))
-
-
-def shard_fsdp2(module):
-    return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-
-
-def shard_tensor_parallel(module):
-    return parallelize_module(module, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
-
-
-SHARDINGS = [
-    (shard_fsdp1, "FSDP1"),
-    (shard_fsdp1_flat, "FSDP1"),
-    (shard_fsdp2, "DTensor"),
-    (shard_tensor_parallel, "DTensor"),
-]
-
-
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-@pytest.mark.parametrize(("shard", "named"), SHARDINGS)
-def test_a_sharded_model_is_refused(one_rank, shard, named, optimizer_class):
-    sharded = shard(model())
-    optimizer = optimizer_class(sharded.parameters(), lr=0.1)
-    sharded(torch.ones(3, 4)).sum().backward()
-    before = [parameter.detach().clone() for parameter in sharded.parameters()]
-    with pytest.raises(RuntimeError, match=rf"{named}.*use DDP"):
-        optimizer.step()
-    for parameter, old in zip(sharded.parameters(), before, strict=True):
-        assert torch.equal(
-            parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter,
-            old.full_tensor() if hasattr(old, "full_tensor") else old,
-        )
-
-
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_sharding_after_the_optimizer_was_built_is_refused(one_rank, optimizer_class):
-    """FSDP2 puts other parameters in the module; accelerate hands them to the optimizer afterwards."""
-    module = model()
-    optimizer = optimizer_class(module.parameters(), lr=0.1)
-    shard_fsdp2(module)
-    optimizer.param_groups[0]["params"] = list(module.parameters())
+def step_once(optimizer, module):
     module(torch.ones(3, 4)).sum().backward()
-    with pytest.raises(RuntimeError, match="DTensor"):
-        optimizer.step()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_flat_parameters_of_fsdp1(one_rank, optimizer_class):
+    sharded = FullyShardedDataParallel(model(), use_orig_params=False, device_id=torch.device("cpu"))
+    optimizer = optimizer_class(sharded.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="wrap the model with use_orig_params=True"):
+        step_once(optimizer, sharded)
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_fsdp1_without_its_module(one_rank, optimizer_class):
+    sharded = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = optimizer_class(sharded.parameters(), lr=0.1)
+    before = [parameter.detach().clone() for parameter in sharded.parameters()]
+    with pytest.raises(RuntimeError, match=r"call optimizer\.attach\(model\)"):
+        step_once(optimizer, sharded)
+    assert all(torch.equal(p, old) for p, old in zip(sharded.parameters(), before, strict=True))
+    optimizer.attach(sharded)
+    optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(sharded.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_a_parameter_with_partial_values(one_rank, optimizer_class):
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    parameter.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    with pytest.raises(RuntimeError, match=r"Partial.* on mesh axis 0"):
+        optimizer_class([parameter], lr=0.1).step()
 
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
