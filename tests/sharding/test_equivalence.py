@@ -12,7 +12,7 @@ TORQUE = 1e-6
 PARAMETERS = 1e-5
 OPTIONS = {"AdaTAMW": {"weight_decay": 0.1}, "AdaTAM": {"weight_decay": 0.1}, "TAM": {"weight_decay": 0.1}}
 CASES = [pytest.param(sharding, id=sharding.name) for sharding in strategies.SHARDINGS]
-# AdaTAMW everywhere; what differs in the others (coupled decay in the sums, no scale) in the smallest world of each kind.
+# AdaTAMW everywhere; what differs in the others (coupled decay in the sums, no scale) in the smallest worlds.
 PRODUCT = [
     pytest.param(sharding, name, scope, id=f"{sharding.name}-{name}-{scope}")
     for sharding in strategies.SHARDINGS
