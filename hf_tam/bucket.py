@@ -165,6 +165,13 @@ class Bucket:
             values = torch.where(self.keep, values, self.scalars[key])
         self.backend.write([entry.state[key] for entry in self.entries], values.unbind())
 
+    def scale_state(self, factor: Tensor) -> None:
+        """Multiply every state of every entry by `factor`, shape ()."""
+        for entry in self.entries:
+            moments = [entry.first] if entry.second is None else [entry.first, entry.second]
+            for state in (*moments, *(entry.state[key] for key in self.scalars)):
+                state.mul_(factor)
+
 
 def _gather(entries: list[Entry], key: str) -> Tensor:
     """One scalar state of every entry as a 1-D tensor of `accumulator_dtype`."""

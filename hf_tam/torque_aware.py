@@ -134,6 +134,7 @@ class TorqueAware(Optimizer, ABC):
     # reading scalars on the host would break the graph at every tensor and recompile at every new learning rate.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
+        had_state = bool(self.state)
         reducer = self._select_reducer(list(self._params()))
         devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
         for bucket in self._buckets(reducer):
@@ -149,6 +150,22 @@ class TorqueAware(Optimizer, ABC):
             self._skip_nonfinite(buckets)
             self._angles(buckets)
             self._telemetry.record(buckets)
+        self._forget_initialisation(list(chain.from_iterable(devices.values())), had_state=had_state)
+
+    def _forget_initialisation(self, buckets: list[Bucket], *, had_state: bool) -> None:
+        """Undo a step that was taken only to create state.
+
+        torch.distributed.checkpoint's state-dict helpers step once with lr = 0 and zero gradients, and leave step = 1
+        behind (https://github.com/pytorch/pytorch/issues/164929); training would not be the same afterwards.
+        """
+        rates = [bucket.group["lr"] for bucket in buckets]
+        if had_state or not buckets or any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates):
+            return
+        flags = [(bucket.raw_grad_sq == 0.0).all() for bucket in buckets]
+        flags += [rate.reshape(()) == 0.0 for rate in rates if isinstance(rate, Tensor)]
+        idle = torch.stack([flag.to(buckets[0].device) for flag in flags]).all()
+        for bucket in buckets:
+            bucket.scale_state((~idle).to(bucket.device))
 
     def _select_reducer(self, params: list[Tensor]) -> Reducer:
         """The reducer for `params`, found anew when other tensors stand in the groups than in the last step."""

@@ -11,6 +11,9 @@ from torch.distributed import ProcessGroup
 
 from hf_tam.sharding.reducer import Reduced
 
+_MOST_RANKS = 2**24
+"""More marks than this are never added up; a smaller sum of squares than this many is no gradient of any use."""
+
 
 class ShardGroups:
     """The process groups over which logical tensors are cut, each with the rows it has to sum.
@@ -57,7 +60,10 @@ class ShardGroups:
             else:
                 every[of_group] = part
         result = every[at]
-        return Reduced(result, result[:, -1] != 0)
+        somewhere = result[:, -1] != 0.0
+        only_marks = result[:, -1] < _MOST_RANKS * torch.finfo(sums.dtype).tiny
+        result[:, -1] = torch.where(only_marks, 0.0, result[:, -1])
+        return Reduced(result, somewhere)
 
 
 def _all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -69,3 +69,30 @@ def test_ranks_that_disagree_get_the_first_difference(worlds):
     for message in worlds(2).run(different_parameters):
         assert "number 2 is parameter 2 (8, 4)" in message
         assert "(10, 4)" in message
+
+
+def dcp_state(name):
+    """Bits of a model trained after its state_dict was asked for, and of one that was left alone."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    import hf_tam
+
+    sharding = next(sharding for sharding in strategies.SHARDINGS if sharding.name == name)
+    trained = []
+    for asked in (True, False):
+        model = sharding.shard(strategies.Model(False))
+        optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.05)
+        if asked:
+            get_optimizer_state_dict(model, optimizer)
+        for step in range(4):
+            model(torch.ones(2, 5), step).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([parameter.full_tensor() for parameter in model.parameters()])
+    return all(torch.equal(left, right) for left, right in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fsdp2-reshard-True-2", "hsdp-4"])
+def test_asking_for_a_state_dict_changes_nothing(worlds, name):
+    world = next(sharding.world for sharding in strategies.SHARDINGS if sharding.name == name)
+    assert worlds(world).run(dcp_state, name) == [True] * world
