@@ -5,7 +5,8 @@ import torch
 
 from tests.sharding import strategies
 
-pytestmark = pytest.mark.distributed
+# One worker runs them all, so that the worlds are started once.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
 
 # Torques are sums in fp64, rounded to fp32 once a step; parameters differ by the order in which gradients are summed.
 TORQUE = 1e-6
