@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     autoload.extend_to_children(os.environ)
     sys.argv[:] = arguments
     if not getattr(sys.flags, "safe_path", False):  # `python -P`, Python >= 3.11
-        sys.path[0] = os.path.dirname(script)
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
     _run_as_main(script)
 
 
@@ -52,7 +52,7 @@ def _run_as_main(script: str) -> None:
     module.__loader__ = SourceFileLoader("__main__", script)
     module.__dict__["__builtins__"] = __builtins__
     with io.open_code(script) as file:
-        code = compile(file.read(), script, "exec")
+        code = compile(file.read(), script, "exec", dont_inherit=True)  # not our own __future__ imports
     sys.modules["__main__"] = module
     exec(code, module.__dict__)
 

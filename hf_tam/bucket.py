@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_tam import update
-from hf_tam.backends import Backend, Entry, Scalar, StepScalars
+from hf_tam.backends import NUM_SUMS, Backend, Entry, Scalar, StepScalars
 from hf_tam.update import AdamCoefficients, SgdCoefficients
 
 # What a step that changes nothing looks like; `eps` keeps the denominator away from 0.
@@ -33,6 +33,7 @@ class Bucket:
         sums: Rows <m, g>, |m|^2, |g|^2, raw |g|^2, shape (n, 4). |m|^2 is of the moment as it is stored.
         present: Whether any rank has a gradient of the tensor, shape (n,), or None where all have one.
         keep: False where the step is skipped, shape (n,), or None where nothing is.
+        measured: Whether `sums` were taken at all.
         cosine: s_t, shape (n,).
         damping: The damping applied in this step, shape (n,).
     """
@@ -46,6 +47,7 @@ class Bucket:
     sums: Tensor = field(default_factory=lambda: torch.empty(0, 4))
     present: Tensor | None = None
     keep: Tensor | None = None
+    measured: bool = True
     cosine: Tensor = field(default_factory=lambda: torch.empty(0))
     damping: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -82,7 +84,7 @@ class Bucket:
 
         Args:
             with_dot: Whether every tensor's dot product is needed (a shared angle); otherwise it is taken only where
-                the torque still acts. A sum that nothing needs is not taken: its row is NaN.
+                the torque still acts. Sums that nothing needs are not taken; `measured` is then False and all are 0.
         """
         count = len(self.entries)
         if with_dot or self.active is None or not self.on_host:
@@ -90,7 +92,8 @@ class Bucket:
         else:
             wanted = self.active.tolist()
         if not any(wanted) and self.group["nonfinite"] == "propagate":
-            return torch.full((count, 4), torch.nan, dtype=self.scalars["step"].dtype)
+            self.measured = False
+            return self.scalars["step"].new_zeros(count, NUM_SUMS)
         return self.backend.partial_sums(self.entries, with_dot=wanted)
 
     def angle_sums(self, moment_scale: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class Bucket:
         lr: Scalar = self.group["lr"]
         if self.on_host:
             return float(lr)
-        return lr.to(self.device, non_blocking=True) if isinstance(lr, Tensor) else lr
+        return lr.to(self.device, self.scalars["step"].dtype, non_blocking=True) if isinstance(lr, Tensor) else lr
 
     def masked(self, coefficients: AdamCoefficients | SgdCoefficients) -> AdamCoefficients | SgdCoefficients:
         """The coefficients, those of a step that changes nothing where the step is skipped."""

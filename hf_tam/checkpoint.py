@@ -6,6 +6,7 @@ In AdamW's terms m = exp_avg / (2 (1 - beta1)), in SGD's m = momentum_buffer / 2
 
 from __future__ import annotations
 
+import math
 import warnings
 from copy import deepcopy
 from itertools import chain
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_tam.hyperparameters import validate
+from hf_tam.hyperparameters import validate, validate_step_size
 
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware
 
 _CONSTRUCTORS = ("foreach", "fused", "capturable")
 """How the step is executed is the constructor's to say, whatever a checkpoint was made with."""
-_TORCH_ONLY = ("amsgrad", "differentiable", "decoupled_weight_decay", "nesterov", "dampening")
+_TORCH_ONLY = ("amsgrad", "differentiable", "nesterov", "dampening")
 
 
 def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
     names = iter(optimizer._names())
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         _refuse_variants(saved)
+        _require_family(optimizer, saved)
         literal = saved.get("step_size", group["step_size"]) == "paper"
         for key, param in zip(saved["params"], group["params"], strict=True):
             where = _describe(next(names), key, param)
@@ -71,6 +73,23 @@ def _refuse_variants(saved: dict[str, Any]) -> None:
             )
 
 
+def _require_family(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
+    """The group must be of the same kind of optimizer, also where it holds no state yet."""
+    name, adaptive = type(optimizer).__name__, "betas" in optimizer.defaults
+    if adaptive != ("betas" in saved):
+        raise ValueError(
+            f"the saved state's param groups hold {sorted(saved)}: they are another optimizer's than {name}'s"
+        )
+    if adaptive and saved.get("decoupled_weight_decay", not optimizer.coupled) is optimizer.coupled:
+        kind, ours = ("decoupled", "AdamW") if optimizer.coupled else ("coupled", "Adam")
+        raise ValueError(
+            f"the saved state has {kind} weight decay, as {ours} does, and {name} has not: "
+            f"load it into hf_tam.{'AdaTAMW' if optimizer.coupled else 'AdaTAM'}"
+        )
+    if "step_size" in saved:
+        validate_step_size(saved["step_size"], optimizer.step_sizes)
+
+
 def _adapt_state(
     optimizer: TorqueAware, state: dict[str, Any], param: Tensor, saved: dict[str, Any], literal: bool, where: str
 ) -> dict[str, Any]:
@@ -83,18 +102,15 @@ def _adapt_state(
             f"the saved state of {where} holds {sorted(state)}, {type(optimizer).__name__} expects {sorted(known)} or "
             f"those of its torch.optim counterpart: it is another optimizer's"
         )
-    if (
-        saved.get("decoupled_weight_decay", not optimizer.coupled) is optimizer.coupled
-        and "betas" in optimizer.defaults
-    ):
-        raise ValueError(
-            f"the saved state has {'decoupled' if optimizer.coupled else 'coupled'} weight decay: it is "
-            f"{'AdamW' if optimizer.coupled else 'Adam'}'s, use hf_tam.{'AdaTAMW' if optimizer.coupled else 'AdaTAM'}"
-        )
     adapted = {key: state[key] for key in moments if state.get(key) is not None}
     for key, moment in adapted.items():
         if moment.shape != param.shape:
             raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
+        if getattr(moment, "placements", None) != getattr(param, "placements", None):
+            raise ValueError(
+                f"the saved {key} of {where} is not sharded as the parameter is; load it with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
     return {
         **adapted,
         **_adapt_scalars(optimizer, state, saved, literal),
@@ -148,11 +164,19 @@ def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
     if key == "lr" and "max_lr" in saved:
         return False  # OneCycleLR and CyclicLR set their own, whatever was requested
     if key == "lr" and "initial_lr" in saved:
-        return bool(_plain(saved["initial_lr"]) != _plain(group.get("initial_lr", group["lr"])))
+        return not _same(saved["initial_lr"], group.get("initial_lr", group["lr"]))
     scheduled = key in ("initial_lr", "max_lr", "min_lr", "param_names", "base_momentum", "max_momentum")
     if scheduled or (key in ("betas", "momentum") and "base_momentum" in saved):
         return False
-    return bool(_plain(saved[key]) != _plain(group[key]))
+    return not _same(saved[key], group[key])
+
+
+def _same(saved: Any, requested: Any) -> bool:
+    """Whether two hyperparameters are equal, as far as a learning rate in an fp32 tensor can tell."""
+    left, right = _plain(saved), _plain(requested)
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-6)
+    return bool(left == right)
 
 
 def _plain(value: Any) -> Any:
@@ -218,8 +242,6 @@ def _export_group(group: dict[str, Any], optimizer: TorqueAware) -> dict[str, An
     # torch knows `capturable` on accelerators only; ours works everywhere.
     exported["capturable"] &= any(param.device.type != "cpu" for param in optimizer._params())
     if "betas" in exported:
-        return {
-            **exported, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": not optimizer.coupled
-        }  # fmt: skip
+        return {**exported, "amsgrad": False, "differentiable": False}
     del exported["capturable"]
     return {**exported, "dampening": 0.0, "nesterov": False, "differentiable": False}

@@ -94,7 +94,8 @@ def _betas(name: str, value: object) -> None:
     for index, beta in enumerate(value):
         number = _number(beta)
         if number is None or not 0.0 <= number < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta} (betas must be two numbers in [0, 1))")
+            accepted = "betas must be two numbers in [0, 1), not tensors"
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({accepted})")
 
 
 def _torque_steps(name: str, value: object) -> None:

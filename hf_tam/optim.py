@@ -118,7 +118,7 @@ class AdaTAMW(_Adaptive):
     ) -> None:
         """See the class."""
         arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, arguments)
+        super().__init__(params, {**arguments, "decoupled_weight_decay": True})
 
 
 class AdaTAM(_Adaptive):
@@ -153,7 +153,7 @@ class AdaTAM(_Adaptive):
     ) -> None:
         """See `AdaTAMW`."""
         arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, arguments)
+        super().__init__(params, {**arguments, "decoupled_weight_decay": False})
 
 
 class TAM(TorqueAware):

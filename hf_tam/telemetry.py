@@ -39,7 +39,8 @@ class Telemetry:
         """Keep what the buckets of one step saw."""
         for bucket in buckets:
             indices = [entry.index for entry in bucket.entries]
-            self._records.append(_Record(indices, bucket.cosine, bucket.damping, bucket.raw_grad_sq))
+            raw = bucket.raw_grad_sq if bucket.measured else torch.full_like(bucket.raw_grad_sq, torch.nan)
+            self._records.append(_Record(indices, bucket.cosine, bucket.damping, raw))
 
     def stats(
         self, torques: Sequence[Tensor | None], *, names: list[str | None], device: torch.device
@@ -54,12 +55,12 @@ class Telemetry:
         zero = torch.zeros((), dtype=torch.float32, device=device)
         held = [zero if value is None else value.to(device) for value in torques]
         torque = torch.stack(held) if held else zero.new_zeros(0)
-        cosine, damping = torch.zeros_like(torque), update.damping(torque)
+        cosines, dampings = [zero] * len(torques), list(update.damping(torque).unbind())
         total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
         for record in self._records:
-            at = torch.tensor(record.indices, device=device)
-            cosine[at] = record.cosine.to(device, torch.float32)
-            damping[at] = record.damping.to(device, torch.float32)
+            columns = (record.cosine.to(device, torch.float32), record.damping.to(device, torch.float32))
+            for index, cosine, damping in zip(record.indices, *(column.unbind() for column in columns), strict=True):
+                cosines[index], dampings[index] = cosine, damping
             total_sq = total_sq + record.raw_grad_sq.to(device).sum()
         grad_norm = total_sq.sqrt() if self._records else torch.full_like(total_sq, torch.nan)
         skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -67,18 +68,19 @@ class Telemetry:
             skipped = skipped + count.to(device)
         return {
             "names": names,
-            "cosine": cosine,
+            "cosine": torch.stack(cosines) if cosines else torque.clone(),
             "torque": torque,
-            "damping": damping,
+            "damping": torch.stack(dampings) if dampings else torque.clone(),
             "grad_norm": grad_norm.to(torch.float32),
             "skipped": skipped,
         }
 
     def count_skipped(self, kept: Tensor, *, on_host: bool) -> None:
         """Count the False entries of `kept`; where the host may look, warn of the first."""
-        count = (~kept).sum()
-        previous = self._skipped.get(count.device)
-        self._skipped[count.device] = count if previous is None else previous + count
+        if kept.device not in self._skipped:
+            self._skipped[kept.device] = torch.zeros((), dtype=torch.int64, device=kept.device)
+        # In place: a replayed CUDA graph goes on adding to the same memory.
+        self._skipped[kept.device].add_((~kept).sum())
         if on_host:
             self.read_skipped()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import checkpoint, update
-from hf_tam.backends import Entry, select_backend
+from hf_tam.backends import NUM_SUMS, Entry, select_backend
 from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.ownership import OwnedParameters
@@ -59,9 +59,10 @@ class TorqueAware(Optimizer, ABC):
         Raises:
             ValueError: A hyperparameter is out of range, or a parameter is already in a group.
         """
-        merged = {**self.defaults, **param_group}
-        validate(merged)
-        validate_step_size(merged["step_size"], self.step_sizes)
+        if isinstance(param_group, dict):  # otherwise torch says what it should be
+            merged = {**self.defaults, **param_group}
+            validate(merged)
+            validate_step_size(merged["step_size"], self.step_sizes)
         super().add_param_group(param_group)
         self._owned.add(self.param_groups[-1]["params"])
 
@@ -83,8 +84,9 @@ class TorqueAware(Optimizer, ABC):
                 "parameters the optimizer was built with"
             )
         self._owned.add_named(named)
-        self._module = weakref.ref(module)
-        self._reducer = None
+        if self._module is None or self._module() is not module:
+            self._module = weakref.ref(module)
+            self._reducer = None
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -140,10 +142,7 @@ class TorqueAware(Optimizer, ABC):
         for bucket in self._buckets(reducer):
             devices[bucket.device].append(bucket)
         self._check_devices(devices)
-        for buckets in devices.values():
-            shared = any(bucket.group["scope"] == "model" and bucket.any_active() for bucket in buckets)
-            rows = [bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model") for bucket in buckets]
-            self._reduce(reducer, buckets, torch.cat(rows))
+        self._reduce(reducer, list(chain.from_iterable(devices.values())))
         self._refuse_nonfinite(chain.from_iterable(devices.values()))
         self._telemetry.start()
         for buckets in devices.values():
@@ -159,7 +158,12 @@ class TorqueAware(Optimizer, ABC):
         behind (https://github.com/pytorch/pytorch/issues/164929); training would not be the same afterwards.
         """
         rates = [bucket.group["lr"] for bucket in buckets]
-        if had_state or not buckets or any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates):
+        if (
+            had_state
+            or not all(bucket.measured for bucket in buckets)
+            or not buckets
+            or any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates)
+        ):
             return
         flags = [(bucket.raw_grad_sq == 0.0).all() for bucket in buckets]
         flags += [rate.reshape(()) == 0.0 for rate in rates if isinstance(rate, Tensor)]
@@ -174,18 +178,28 @@ class TorqueAware(Optimizer, ABC):
         )
         if self._reducer is None or not same:
             module = None if self._module is None else self._module()
+            if module is not None:  # FSDP2 puts other parameters in the module's place
+                self._owned.add_named(dict(module.named_parameters()))
             self._reducer = select_reducer(params, self._owned, names=self._names(), module=module)
             self._reduced = [weakref.ref(param) for param in params]
         return self._reducer
 
-    def _reduce(self, reducer: Reducer, buckets: list[Bucket], local_sums: Tensor) -> None:
+    def _reduce(self, reducer: Reducer, buckets: list[Bucket]) -> None:
+        """Take the partial sums and make them global: once a step on every rank, whatever this rank holds."""
+        shared = any(bucket.group["scope"] == "model" and bucket.any_active() for bucket in buckets)
+        local = [bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model") for bucket in buckets]
         entries = [entry for bucket in buckets for entry in bucket.entries]
-        present = [entry.owner.grad is not None for entry in entries]
-        reduced = reducer.reduce(local_sums, [entry.index for entry in entries], present=present)
+        device = next((param.device for param in self._params()), torch.device("cpu"))
+        nothing = torch.zeros(0, NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
+        reduced = reducer.reduce(
+            torch.cat([nothing, *(rows.to(device, nothing.dtype) for rows in local)]),
+            [entry.index for entry in entries],
+            present=[entry.owner.grad is not None for entry in entries],
+        )
         sizes = [len(bucket.entries) for bucket in buckets]
         marks = [None] * len(buckets) if reduced.present is None else torch.split(reduced.present, sizes)
         for bucket, sums, mark in zip(buckets, torch.split(reduced.sums, sizes), marks, strict=True):
-            bucket.set_sums(sums, mark)
+            bucket.set_sums(sums.to(bucket.device), None if mark is None else mark.to(bucket.device))
 
     def _angles(self, buckets: list[Bucket]) -> None:
         """One step for the tensors on one device: a cosine each, or one for all of scope "model"."""
@@ -275,8 +289,9 @@ class TorqueAware(Optimizer, ABC):
             state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _check_devices(self, devices: dict[torch.device, list[Bucket]]) -> None:
-        if len(devices) > 1 and any(b.group["scope"] == "model" for buckets in devices.values() for b in buckets):
-            names = ", ".join(sorted(map(str, devices)))
+        shared = [device for device, buckets in devices.items() if any(b.group["scope"] == "model" for b in buckets)]
+        if len(shared) > 1:
+            names = ", ".join(sorted(map(str, shared)))
             raise RuntimeError(
                 f"scope='model' takes one angle over all parameters, which lie on several devices here ({names}); "
                 "use scope='tensor', or put the model on one device"
@@ -288,7 +303,9 @@ class TorqueAware(Optimizer, ABC):
     def _names(self) -> list[str | None]:
         names: list[str | None] = []
         for group in self.param_groups:
-            given = group.get("param_names") or [None] * len(group["params"])
+            given = group.get("param_names", [])
+            if len(given) != len(group["params"]):  # a wrapper replaced the parameters
+                given = [None] * len(group["params"])
             names += [name or self._owned.name(param) for name, param in zip(given, group["params"], strict=True)]
         return names
 
@@ -333,7 +350,8 @@ class TorqueAware(Optimizer, ABC):
                 self._owned.add(group["params"])
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch.optim.Optimizer.__setstate__ puts it in our defaults
+                    group.setdefault(key, value)
 
     @abstractmethod
     def _update(self, bucket: Bucket, cosine: Tensor) -> None:

@@ -16,6 +16,7 @@ Nothing in this module communicates.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ _LOW_PRECISION = frozenset({torch.float16, torch.bfloat16})
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """The dtype of sums and per-tensor scalars on `device`: float64 where the device has it, float32 otherwise."""
+    if device.type == "xpu":  # Arc has no float64, Data Center GPU Max has
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
     return torch.float32 if device.type in _WITHOUT_FP64 else torch.float64
 
 
@@ -41,8 +44,8 @@ def partial_sums(momentum: Tensor, grad: Tensor) -> Tensor:
         grad: The gradient, the shape of `momentum`.
 
     Returns:
-        <momentum, grad>, |momentum|^2 and |grad|^2 as a tensor of shape (3,), accumulated in `accumulator_dtype`, so
-        that finite fp32, bf16 or fp16 elements can neither overflow nor vanish.
+        <momentum, grad>, |momentum|^2 and |grad|^2 as a tensor of shape (3,), accumulated in `accumulator_dtype`:
+        where that is float64, finite fp32, bf16 or fp16 elements can neither overflow nor vanish.
     """
     dtype = accumulator_dtype(grad.device)
     momentum, grad = momentum.to(dtype), grad.to(dtype)
@@ -110,6 +113,11 @@ class AdamCoefficients(NamedTuple):
     eps: Tensor
 
 
+def _one_minus_power(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^t, without the cancellation that would cost fp32 accumulators five digits at the first steps."""
+    return -torch.expm1(step * math.log(beta)) if beta > 0.0 else torch.ones_like(step)
+
+
 class SgdCoefficients(NamedTuple):
     """The numbers one momentum step needs for each tensor; see `sgd_step`. Shape (n,) each."""
 
@@ -148,13 +156,13 @@ def adam_coefficients(
     """
     beta1, beta2 = betas
     ones = torch.ones_like(step)
-    root = torch.sqrt(1.0 - beta2**step) if corrected else ones
+    root = torch.sqrt(_one_minus_power(beta2, step)) if corrected else ones
     return AdamCoefficients(
         decay=ones * decay,
         first_weight=moment.weight,
         second_decay=ones * beta2,
         second_weight=ones * (1.0 - beta2),
-        step_size=lr * moment.scale * root / (1.0 - beta1**step) if corrected else lr * moment.scale,
+        step_size=lr * moment.scale * root / _one_minus_power(beta1, step) if corrected else lr * moment.scale,
         eps=eps * root,
     )
 

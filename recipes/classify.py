@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
@@ -44,7 +45,13 @@ def make_parser() -> RecipeParser:
         description="Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
     )
     parser.set_defaults(
-        output_dir="outputs/classify", optim="adatamw", learning_rate=1e-3, warmup_steps=0.1, logging_steps=10
+        output_dir="outputs/classify",
+        optim="adatamw",
+        learning_rate=1e-3,
+        warmup_steps=0.1,
+        logging_steps=10,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     return parser
 

@@ -54,6 +54,8 @@ def make_parser() -> RecipeParser:
         eval_strategy="epoch",
         eval_on_start=True,
         save_strategy="epoch",
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     return parser
 

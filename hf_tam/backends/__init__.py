@@ -20,7 +20,10 @@ from torch import Tensor
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.update import Scalar
 
-__all__ = ["Backend", "Entry", "Scalar", "StepScalars", "select_backend"]
+__all__ = ["NUM_SUMS", "Backend", "Entry", "Scalar", "StepScalars", "select_backend"]
+
+NUM_SUMS = 4
+"""Columns of the partial sums: <m, g>, |m|^2, |g|^2 and the raw |g|^2."""
 
 
 class Backend(Protocol):

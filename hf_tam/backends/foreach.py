@@ -1,7 +1,8 @@
 """The multi-tensor backend: `torch._foreach_*` over windows of tensors, as torch.optim does on accelerators.
 
-Few launches at the price of temporaries of the size of a window. fp16 and bf16 are computed in fp32 and rounded once,
-as in the other backends.
+Fewer launches than `single`, at the price of temporaries of the size of a window. On an accelerator the scalars are
+0-d tensors, which torch's multi-tensor kernels take one tensor at a time, and the sums are `single`'s: right, not
+fast. fp16 and bf16 are computed in fp32 and rounded once, as in the other backends.
 """
 
 from __future__ import annotations

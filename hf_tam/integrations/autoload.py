@@ -55,8 +55,12 @@ class PostImportHook:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if module.__name__ == spec.name:  # a loader may serve several modules
+            if module.__name__ != spec.name:  # a loader may serve several modules
+                return
+            if vars(loader).get("exec_module") is exec_module:
                 del loader.exec_module
+            # Another hook on the meta path may have asked for the spec too, and had the loader wrapped twice.
+            if spec.name in self.pending:
                 self.pending.discard(spec.name)
                 self.callback(module)
 

@@ -52,6 +52,27 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if _is_readable_json(steps[step])), None)
 
 
+def refuse_other_optimizer(checkpoint: str | Path, optim: str) -> None:
+    """Refuse to resume with another optimizer a checkpoint whose optimizer was one of ours.
+
+    torch.optim.AdamW would take our normalised exp_avg for its own, without a word and without a shape that differs.
+
+    Args:
+        checkpoint: A `checkpoint-STEP` folder.
+        optim: The `--optim` of the resuming run, none of ours.
+
+    Raises:
+        ValueError: The folder has the checksums that our optimizers write.
+    """
+    folder = Path(checkpoint)
+    if (folder / CHECKSUM_FILE).is_file() and (folder / "optimizer.pt").is_file():
+        raise ValueError(
+            f"{folder / 'optimizer.pt'} was saved by an optimizer of hf_tam, and --optim {optim} would misread its "
+            "first moment. Resume with the --optim of that run; or load it there, save "
+            f"hf_tam.export_torch_state_dict(optimizer) in its place and delete {CHECKSUM_FILE}."
+        )
+
+
 def require_resumable(checkpoint: str | Path, *, strategy: Strategy, weights_only_wanted: bool) -> None:
     """Refuse a checkpoint that would resume another run than the one that was saved.
 

@@ -18,7 +18,7 @@ from typing import Any
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
-from hf_tam.integrations.trainer_checkpoint import Strategy, require_resumable, write_checksums
+from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
 
 OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
@@ -178,17 +178,21 @@ def _attach(trainer: Any, model: Any = None) -> None:
 
 
 def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> None:
-    if not _uses_ours(trainer):
-        return
-    refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
+    ours = _uses_ours(trainer)
+    if ours:
+        refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
     if not resume_from_checkpoint:
         return
     from transformers.trainer_utils import get_last_checkpoint
 
     args = trainer.args
     checkpoint = get_last_checkpoint(args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-    if checkpoint is not None:  # otherwise the Trainer says that there is none
+    if checkpoint is None:  # the Trainer says that there is none
+        return
+    if ours:
         require_resumable(checkpoint, strategy=_strategy(trainer), weights_only_wanted=args.save_only_model)
+    else:
+        refuse_other_optimizer(checkpoint, str.__str__(args.optim))
 
 
 def _strategy(trainer: Any) -> Strategy:

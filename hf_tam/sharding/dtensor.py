@@ -45,7 +45,7 @@ class DTensorReducer:
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce for each mesh axis over which anything is cut."""
-        return Reduced(self._groups.reduce(sums, rows, present=present).sums)
+        return self._groups.reduce(sums, rows, present=present)
 
 
 def _shard_groups(param: Tensor) -> list[ProcessGroup]:

@@ -30,6 +30,8 @@ class ShardGroups:
         """Collect the rows of each group, in the order of the tensors, and check that the ranks agree on them."""
         self.num_rows = len(groups)
         self._rows: dict[ProcessGroup, list[int]] = {}
+        self._last: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._group_indices: dict[tuple[ProcessGroup, torch.device], Tensor] = {}
         for row, cut_over in enumerate(groups):
             for group in cut_over:
                 self._rows.setdefault(group, []).append(row)
@@ -47,23 +49,35 @@ class ShardGroups:
             rows: The logical tensor of each of the n rows.
             present: Whether this rank has a gradient of it.
         """
-        at = torch.tensor(rows, device=sums.device)
-        marks = torch.tensor(present, device=sums.device).to(sums.dtype) * torch.finfo(sums.dtype).tiny
+        at, marks = self._indices(tuple(rows), tuple(present), sums)
         every = sums.new_zeros(self.num_rows, sums.shape[1])
         every[at] = torch.cat([sums[:, :-1], (sums[:, -1] + marks).unsqueeze(1)], dim=1)
         for group, of_group in self._rows.items():
             whole = len(of_group) == self.num_rows
-            part = every if whole else every[of_group]
-            part = _all_reduce(part, group)
             if whole:
-                every = part
+                every = _all_reduce(every, group)
             else:
-                every[of_group] = part
+                index = self._group_index(group, of_group, sums.device)
+                every[index] = _all_reduce(every[index], group)
         result = every[at]
         somewhere = result[:, -1] != 0.0
         only_marks = result[:, -1] < _MOST_RANKS * torch.finfo(sums.dtype).tiny
         result[:, -1] = torch.where(only_marks, 0.0, result[:, -1])
         return Reduced(result, somewhere)
+
+    # Making a tensor of Python numbers on an accelerator waits for it, so indices are kept until they change.
+    def _indices(self, rows: tuple[int, ...], present: tuple[bool, ...], sums: Tensor) -> tuple[Tensor, Tensor]:
+        key = (rows, present, sums.device)
+        if self._last is None or self._last[0] != key:
+            at = torch.tensor(rows, dtype=torch.int64, device=sums.device)
+            marks = torch.tensor(present, dtype=sums.dtype, device=sums.device) * torch.finfo(sums.dtype).tiny
+            self._last = (key, (at, marks))
+        return self._last[1]
+
+    def _group_index(self, group: ProcessGroup, rows: list[int], device: torch.device) -> Tensor:
+        if (group, device) not in self._group_indices:
+            self._group_indices[group, device] = torch.tensor(rows, dtype=torch.int64, device=device)
+        return self._group_indices[group, device]
 
 
 def _all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:

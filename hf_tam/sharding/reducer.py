@@ -92,7 +92,8 @@ def select_reducer(
         raise RuntimeError(_refusal(unknown, params[unknown], kinds[unknown]))
     if "fsdp1" in kinds:
         if "dtensor" in kinds:
-            raise RuntimeError(_refusal(kinds.index("dtensor"), params[0], "FSDP1 and DTensors share one optimizer"))
+            position = kinds.index("dtensor")
+            raise RuntimeError(_refusal(position, params[position], "FSDP1 and DTensors share one optimizer"))
         from hf_tam.sharding.fsdp1 import Fsdp1Reducer
 
         return Fsdp1Reducer(params, names=names, module=module)

@@ -56,7 +56,9 @@ def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config
     try:
         file_flags = flags_from_yaml(Path(config), known=parser.field_names) if config else []
         *arguments, unknown = parser.parse_args_into_dataclasses(
-            [*file_flags, *argv], return_remaining_strings=True, look_for_args_file=False
+            [*_with_strategies(file_flags), *_with_strategies(argv)],
+            return_remaining_strings=True,
+            look_for_args_file=False,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -85,6 +87,17 @@ def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
             raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), known)}")
         flags += _as_flags(key, value)
     return flags
+
+
+def _with_strategies(flags: list[str]) -> list[str]:
+    """`flags`, where `save_steps` or `eval_steps` also asks for that strategy: alone they would have no effect."""
+    names = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    implied = [
+        f"--{event}_strategy=steps"
+        for event in ("save", "eval")
+        if f"{event}_steps" in names and f"{event}_strategy" not in names
+    ]
+    return [*implied, *flags]
 
 
 def _named_inputs(argv: list[str]) -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """Models and tokenizers by name, and the adapter on top."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 def _load(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:
     name = arguments.model_name_or_path
+    if name and Path(name).is_dir():
+        name = str(Path(name).resolve())  # the adapter names its base, and must find it from any folder
     try:
         return auto_class.from_pretrained(name, revision=arguments.model_revision, **kwargs)
     except (OSError, ValueError) as error:

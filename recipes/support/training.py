@@ -48,6 +48,8 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
         trainer.add_callback(callback)
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
+    if resume_from and trainer.is_world_process_zero():
+        print(f"resuming from {resume_from}")
     try:
         with naming_a_full_disk(output_dir):
             metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics

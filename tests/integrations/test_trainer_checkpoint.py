@@ -108,6 +108,13 @@ def test_other_optimizers_keep_the_behaviour_of_the_trainer(run_folder):
     assert resume(run_folder, optim="adamw_torch").state.global_step == 5
 
 
+def test_torchs_adamw_does_not_misread_our_state(run_folder):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*.pt")}
+    with pytest.raises(ValueError, match=r"optimizer\.pt was saved by an optimizer of hf_tam.*--optim adamw_torch"):
+        resume(run_folder, optim="adamw_torch", optim_args=None)
+    assert {path: path.read_bytes() for path in run_folder.rglob("*.pt")} == before
+
+
 class Explosive:
     def __reduce__(self):
         return (open, ("exploded", "w"))

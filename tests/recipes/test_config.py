@@ -144,3 +144,18 @@ def test_dropout_range(dropout):
 def test_one_source_of_data():
     with pytest.raises(ValueError, match="exclude each other"):
         DatasetArguments(dataset_name="a", train_file="b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "saves", "evaluates"),
+    [
+        (["--save_steps", "4"], "steps", "epoch"),
+        (["--eval-steps=4"], "epoch", "steps"),
+        (["--save_steps", "4", "--save_strategy", "epoch"], "epoch", "epoch"),
+        ([], "epoch", "epoch"),
+    ],
+)
+def test_steps_ask_for_their_strategy(flags, saves, evaluates):
+    """The demo's file says epoch; a flag with a number of steps must not be without effect."""
+    arguments = parse_recipe_arguments(sft.make_parser(), flags, demo_config=sft.DEMO_CONFIG)[-1]
+    assert (arguments.save_strategy, arguments.eval_strategy) == (saves, evaluates)

@@ -1,0 +1,1 @@
+"""Measured results: one row a run, and the tables made of them."""
