@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 
@@ -405,3 +406,20 @@ def test_a_first_step_of_the_warm_up_counts(name):
         parameter.grad.zero_()
     optimizer.step()
     assert {optimizer.state[parameter]["step"].item() for parameter in parameters} == {1.0}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(("saver", "loader"), [("AdaTAM", "AdaTAMW"), ("AdaTAMW", "AdaTAM"), ("TAM", "AdaTAMW")])
+def test_one_of_ours_does_not_load_another(saver, loader, steps):
+    """Coupled decay must not become decoupled without a word, also before there is any state."""
+    parameters = fresh_parameters()
+    optimizer = make(saver, parameters)
+    walk(optimizer, parameters, range(steps))
+    with pytest.raises(ValueError, match="the saved state"):
+        make(loader, fresh_parameters()).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", ["AdaTAMW", "AdaTAM", "TAM"])
+def test_pickle_leaves_the_groups_as_they_were(name):
+    optimizer = make(name, fresh_parameters())
+    assert copy.deepcopy(optimizer).state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]

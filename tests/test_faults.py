@@ -314,3 +314,15 @@ def test_numbers_of_other_libraries(name):
 def test_no_state_dict_at_all(name):
     with pytest.raises(ValueError, match="not the state_dict of an optimizer: it holds \\['model'\\]"):
         make(name, fresh_parameters()).load_state_dict({"model": {}})
+
+
+@EVERY_BACKEND
+def test_named_parameters_replaced_by_a_flat_buffer(name, backend):
+    """The refusal with its remedy, not a complaint about the lengths of two lists."""
+    model = nn.Linear(3, 2)
+    optimizer = make(name, list(model.named_parameters()), backend)
+    flat = nn.Parameter(torch.ones(8))
+    flat.grad = torch.ones(8)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"call optimizer\.attach\(module\)"):
+        optimizer.step()

@@ -207,3 +207,20 @@ def test_python_m_without_a_script_says_how_to_use_it(arguments):
     completed = run([sys.executable, "-m", "hf_tam", *arguments])
     assert completed.returncode == 1
     assert "usage: python -m hf_tam SCRIPT" in completed.stdout
+
+
+def test_a_script_is_compiled_and_found_as_python_does(tmp_path):
+    """Neither our own __future__ imports nor a link to the script may change what it sees."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "sibling.py").write_text("VALUE = 7\n")
+    lines = (
+        "import dataclasses, sibling",
+        "@dataclasses.dataclass",
+        "class Settings:",
+        "    size: int = sibling.VALUE",
+        "print(dataclasses.fields(Settings)[0].type is int, Settings().size)",
+    )
+    (tmp_path / "real" / "script.py").write_text("\n".join(lines))
+    link = tmp_path / "link.py"
+    link.symlink_to(tmp_path / "real" / "script.py")
+    assert run_successfully([sys.executable, "-m", "hf_tam", str(link)]).splitlines()[-1] == "True 7"

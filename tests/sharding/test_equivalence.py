@@ -97,3 +97,56 @@ def dcp_state(name):
 def test_asking_for_a_state_dict_changes_nothing(worlds, name):
     world = next(sharding.world for sharding in strategies.SHARDINGS if sharding.name == name)
     assert worlds(world).run(dcp_state, name) == [True] * world
+
+
+def steps_without_gradients(name):
+    """A step that some ranks, or all, have no gradient for; every rank must come back from it."""
+    import hf_tam
+
+    sharding = next(sharding for sharding in strategies.SHARDINGS if sharding.name == name)
+    model = sharding.shard(strategies.Model(False))
+    optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.05)
+    optimizer.attach(model)
+    model(torch.ones(2, 5), 1).square().sum().backward()
+    optimizer.step()
+    counts = [state["step"].item() for state in optimizer.state.values()]
+    optimizer.zero_grad()
+    optimizer.step()
+    return counts == [state["step"].item() for state in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("name", ["fsdp1-full_shard-2", "fsdp1-full_shard-4", "fsdp2-reshard-True-2"])
+def test_a_step_without_any_gradient(worlds, name):
+    world = next(sharding.world for sharding in strategies.SHARDINGS if sharding.name == name)
+    assert worlds(world).run(steps_without_gradients, name) == [True] * world
+
+
+def nan_on_one_rank(name):
+    """What each rank did with a NaN that only rank 1 has seen."""
+    import hf_tam
+
+    sharding = next(sharding for sharding in strategies.SHARDINGS if sharding.name == name)
+    model = sharding.shard(strategies.Model(False))
+    optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.05)
+    optimizer.attach(model)
+    model(torch.ones(2, 5), 1).square().sum().backward()
+    if torch.distributed.get_rank() == 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+                if local.numel():
+                    local.view(-1)[0] = float("nan")
+                    break
+    optimizer.step()
+    steps = [optimizer.state[p]["step"].item() if p in optimizer.state else 0.0 for p in model.parameters()]
+    return optimizer.skipped, steps
+
+
+@pytest.mark.filterwarnings("ignore:.*were skipped")
+@pytest.mark.parametrize("name", ["fsdp1-full_shard-2", "fsdp2-reshard-True-2", "hsdp-4"])
+def test_nan_on_one_rank_is_one_decision(worlds, name):
+    world = next(sharding.world for sharding in strategies.SHARDINGS if sharding.name == name)
+    decisions = worlds(world).run(nan_on_one_rank, name)
+    sharing = decisions if not name.startswith("hsdp") else decisions[:2]  # replicas are not summed
+    assert sharing[0][0] == 1
+    assert all(decision == sharing[0] for decision in sharing)
