@@ -42,16 +42,18 @@ def _print_registration() -> int:
     try:
         autoload.install()
         for module in autoload.PATCHED_MODULES:
-            importlib.import_module(module)
+            if _version_of(module.split(".")[0]) != "not installed":
+                importlib.import_module(module)
     except ImportError as error:
         print(f"registered: nothing. {error}")
         return 1
+    from hf_tam.integrations import accelerate
     from hf_tam.integrations import transformers as integration
 
     names = [f"--optim {name} ({integration.OPTIMIZERS[name]})" for name in integration.registered_names]
     print(f"tested with transformers{integration.TESTED_RANGE}")
     print(f"registered: {', '.join(names) or 'nothing'}")
-    print(f"patched: {', '.join(integration.patched)}")
+    print(f"patched: {', '.join([*integration.patched, *accelerate.patched])}")
     return 0
 
 

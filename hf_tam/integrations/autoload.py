@@ -19,7 +19,12 @@ KILL_SWITCH = "HF_TAM_AUTOLOAD"
 SITE_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 # The modules that get patched, each when its own import has finished.
-PATCHED_MODULES = ("transformers.training_args", "transformers.trainer_optimizer", "transformers.trainer")
+PATCHED_MODULES = (
+    "transformers.training_args",
+    "transformers.trainer_optimizer",
+    "transformers.trainer",
+    "accelerate.accelerator",
+)
 
 
 class PostImportHook:
@@ -68,10 +73,10 @@ class PostImportHook:
 
 
 def _register(module: ModuleType) -> None:
-    # Imported here and not above: it needs transformers' modules, and loads torch.
-    from hf_tam.integrations.transformers import register
+    # Imported here and not above: this runs once the library is there, and may load torch.
+    from hf_tam.integrations import accelerate, transformers
 
-    register(module)
+    (accelerate if module.__name__.startswith("accelerate.") else transformers).register(module)
 
 
 _hook = PostImportHook(PATCHED_MODULES, _register)
