@@ -83,6 +83,7 @@ class ReferenceOptimizer:
         ]
         self.skipped = 0
         self.grad_norm = 0.0
+        self.has_state = False
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         """One step; `gradients` has one entry a parameter, in the order of the groups."""
@@ -97,6 +98,17 @@ class ReferenceOptimizer:
         cosines = self._cosines(effective)
         for (state, gradient), cosine in zip(effective, cosines, strict=True):
             self._update(state, gradient, cosine)
+        self._forget_a_step_that_only_made_state(present)
+
+    def _forget_a_step_that_only_made_state(self, present: list[tuple[ReferenceState, Tensor]]) -> None:
+        """lr = 0 and nothing but zeros, in the first step there is: as torch.distributed.checkpoint initialises."""
+        idle = all(float(state.group["lr"]) == 0.0 and not bool(gradient.any()) for state, gradient in present)
+        if present and idle and not self.has_state:
+            for state, _ in present:
+                state.step, state.torque = 0, 0.0
+                state.first_moment.zero_()
+                state.exp_avg_sq.zero_()
+        self.has_state = self.has_state or bool(present)
 
     def _without_nonfinite(self, present: list[tuple[ReferenceState, Tensor]]) -> list[tuple[ReferenceState, Tensor]]:
         """nonfinite="skip": leave out the tensor (scope "tensor") or everything (scope "model")."""

@@ -105,6 +105,7 @@ def test_disk_that_is_really_full(sft, tmp_path):
         pytest.skip("this sandbox does not allow mounting")
     try:
         options = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 20, "--output_dir", disk / "run"]
+        options += ["--save_total_limit", 99]
         status, _, error = sft("--dataset_name", "demo", "--eval_strategy", "no", *options)
         assert status == 1
         assert "No space left on device. The run stopped: make room and resume from" in error
