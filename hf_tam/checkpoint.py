@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from copy import deepcopy
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hf_tam.buffers import TABLE
 from hf_tam.hyperparameters import validate, validate_step_size
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
             "model, or to other trainable parameters"
         )
     states = {}
-    names = iter(optimizer._names())
+    # Under ZeRO a buffer has no name of its own.
+    names = repeat(None) if optimizer._logical.is_partitioned() else iter(optimizer._names())
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         _refuse_variants(saved)
         _require_family(optimizer, saved)
@@ -114,27 +116,35 @@ def _adapt_state(
     return {
         **adapted,
         **_adapt_scalars(optimizer, state, saved, literal),
-        **_adapt_buffer(adapted, state, param, literal),
+        **_adapt_buffer(adapted, state, param, saved, literal),
     }
+
+
+def foreign_scalars(optimizer: TorqueAware, group: dict[str, Any]) -> dict[str, float]:
+    """The scalar states of a tensor whose moments torch.optim's counterpart has left."""
+    scalars = dict.fromkeys(optimizer.scalar_states, 0.0)
+    if "exp_avg_scale" in scalars:
+        scalars["exp_avg_scale"] = 1.0 / (2.0 * (1.0 - group["betas"][0])) if group["step_size"] == "paper" else 1.0
+    return scalars
 
 
 def _adapt_scalars(
     optimizer: TorqueAware, state: dict[str, Any], saved: dict[str, Any], literal: bool
 ) -> dict[str, Tensor]:
-    scalars = {key: torch.as_tensor(state.get(key, 0.0), dtype=torch.float32) for key in optimizer.scalar_states}
-    if "exp_avg_scale" in scalars and "exp_avg_scale" not in state:
-        scale = 1.0 / (2.0 * (1.0 - saved["betas"][0])) if literal else 1.0
-        scalars["exp_avg_scale"] = torch.tensor(scale, dtype=torch.float32)
-    return scalars
+    foreign = foreign_scalars(optimizer, {**saved, "step_size": "paper" if literal else "adamw"})
+    return {key: torch.as_tensor(state.get(key, value), dtype=torch.float32) for key, value in foreign.items()}
 
 
-def _adapt_buffer(adapted: dict[str, Any], state: dict[str, Any], param: Tensor, literal: bool) -> dict[str, Tensor]:
+def _adapt_buffer(
+    adapted: dict[str, Any], state: dict[str, Any], param: Tensor, saved: dict[str, Any], literal: bool
+) -> dict[str, Tensor]:
     if "momentum_buffer" not in state:
         return {}
     buffer = adapted.get("momentum_buffer")
     if buffer is None:
         return {"momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format)}
-    return {"momentum_buffer": buffer / 2.0 if literal and "torque" not in state else buffer}
+    ours = "torque" in state or TABLE in saved
+    return {"momentum_buffer": buffer / 2.0 if literal and not ours else buffer}
 
 
 def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -143,7 +153,7 @@ def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
         saved.pop(key, None)
     overridden = []
     for key, requested in group.items():
-        if key == "params":
+        if key in ("params", TABLE):
             continue
         if key in _CONSTRUCTORS or key not in saved:
             saved[key] = requested

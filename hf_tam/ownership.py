@@ -15,16 +15,23 @@ class OwnedParameters:
         """Start empty."""
         self._references: dict[int, weakref.ref[Tensor]] = {}
         self._names: dict[int, str] = {}
+        self._in_order: list[weakref.ref[Tensor]] = []
 
-    def add(self, params: Iterable[Tensor]) -> None:
-        """Remember parameters."""
-        for param in params:
-            self._references[id(param)] = weakref.ref(param)
+    def add(self, params: Iterable[Tensor], names: Iterable[str] = ()) -> None:
+        """Remember parameters that were handed to the optimizer, in the order in which they were."""
+        added = list(params)
+        self._remember(added)
+        self._in_order += [self._references[id(param)] for param in added]
+        self._names.update({id(param): name for param, name in zip(added, names, strict=False)})
 
     def add_named(self, named: Mapping[str, Tensor]) -> None:
-        """Remember parameters and their names."""
-        self.add(named.values())
+        """Remember the parameters of a module, and what they are called there."""
+        self._remember(named.values())
         self._names.update({id(param): name for name, param in named.items()})
+
+    def in_order(self) -> list[Tensor | None]:
+        """What was handed to the optimizer, in order; None for what has been freed since."""
+        return [reference() for reference in self._in_order]
 
     def __contains__(self, param: object) -> bool:
         """Whether this very tensor was added; an id that a freed tensor left to another does not count."""
@@ -34,3 +41,6 @@ class OwnedParameters:
     def name(self, param: Tensor) -> str | None:
         """The parameter's name, None where unknown."""
         return self._names.get(id(param)) if param in self else None
+
+    def _remember(self, params: Iterable[Tensor]) -> None:
+        self._references.update({id(param): weakref.ref(param) for param in params})

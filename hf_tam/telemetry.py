@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.bucket import Bucket
+from hf_tam.sharding import Reducer
 
 
 class _Record(NamedTuple):
@@ -27,50 +28,50 @@ class Telemetry:
 
     def __init__(self) -> None:
         """Start with no step taken."""
-        self._records: list[_Record] = []
+        self._records: dict[Reducer, list[_Record]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned = False
 
-    def start(self) -> None:
-        """A new step begins: forget the last one."""
-        self._records = []
+    def start(self, reducer: Reducer) -> None:
+        """A new step begins: forget the last one. DeepSpeed takes it in several calls, each with its own reducer."""
+        if reducer.sees_all:
+            self._records.clear()
+        self._records[reducer] = []
 
-    def record(self, buckets: Sequence[Bucket]) -> None:
-        """Keep what the buckets of one step saw."""
+    def record(self, reducer: Reducer, buckets: Sequence[Bucket]) -> None:
+        """Keep what the buckets of one call saw."""
         for bucket in buckets:
             indices = [entry.index for entry in bucket.entries]
             raw = bucket.raw_grad_sq if bucket.measured else torch.full_like(bucket.raw_grad_sq, torch.nan)
-            self._records.append(_Record(indices, bucket.cosine, bucket.damping, raw))
+            self._records[reducer].append(_Record(indices, bucket.cosine, bucket.damping, raw))
 
     def stats(
-        self, torques: Sequence[Tensor | None], *, names: list[str | None], device: torch.device
+        self, torques: Iterable[tuple[Sequence[int], Tensor]], *, names: list[str | None], device: torch.device
     ) -> dict[str, Any]:
         """See `TorqueAware.torque_stats`.
 
         Args:
-            torques: The torque state of every parameter, None where there is none yet.
-            names: The parameters' names.
+            torques: The torque states that there are, 1-D, with the positions of their logical tensors.
+            names: The names of all logical tensors.
             device: Where the results go.
         """
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        held = [zero if value is None else value.to(device) for value in torques]
-        torque = torch.stack(held) if held else zero.new_zeros(0)
-        cosines, dampings = [zero] * len(torques), list(update.damping(torque).unbind())
+        nothing = torch.zeros(len(names), dtype=torch.float32, device=device)
+        torque = _replaced(nothing, torques)
+        records = [record for records in self._records.values() for record in records]
+        cosine = _replaced(nothing, ((record.indices, record.cosine) for record in records))
+        damping = _replaced(update.damping(torque), ((record.indices, record.damping) for record in records))
         total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
-        for record in self._records:
-            columns = (record.cosine.to(device, torch.float32), record.damping.to(device, torch.float32))
-            for index, cosine, damping in zip(record.indices, *(column.unbind() for column in columns), strict=True):
-                cosines[index], dampings[index] = cosine, damping
+        for record in records:
             total_sq = total_sq + record.raw_grad_sq.to(device).sum()
-        grad_norm = total_sq.sqrt() if self._records else torch.full_like(total_sq, torch.nan)
+        grad_norm = total_sq.sqrt() if records else torch.full_like(total_sq, torch.nan)
         skipped = torch.zeros((), dtype=torch.int64, device=device)
         for count in self._skipped.values():
             skipped = skipped + count.to(device)
         return {
             "names": names,
-            "cosine": torch.stack(cosines) if cosines else torque.clone(),
+            "cosine": cosine,
             "torque": torque,
-            "damping": torch.stack(dampings) if dampings else torque.clone(),
+            "damping": damping,
             "grad_norm": grad_norm.to(torch.float32),
             "skipped": skipped,
         }
@@ -96,3 +97,12 @@ class Telemetry:
                 stacklevel=2,
             )
         return total
+
+
+def _replaced(values: Tensor, parts: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """A copy of the 1-D `values` with those at the given positions replaced. Indexing would wait for the device."""
+    columns = list(values.unbind())
+    for indices, part in parts:
+        for index, value in zip(indices, part.to(values.device, values.dtype).unbind(), strict=True):
+            columns[index] = value
+    return torch.stack(columns) if columns else values.clone()

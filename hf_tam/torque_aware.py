@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_tam import checkpoint, update
+from hf_tam import buffers, checkpoint, update
 from hf_tam.backends import NUM_SUMS, Entry, select_backend
 from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import validate, validate_step_size
-from hf_tam.ownership import OwnedParameters
-from hf_tam.sharding import Reducer, select_reducer
+from hf_tam.logical import LogicalTensors
+from hf_tam.sharding import Reducer, Span
 from hf_tam.telemetry import Telemetry
 
 
@@ -47,11 +46,8 @@ class TorqueAware(Optimizer, ABC):
         super().__init__(params, defaults)
 
     def _reset_runtime(self) -> None:
-        self._owned = OwnedParameters()
+        self._logical = LogicalTensors()
         self._telemetry = Telemetry()
-        self._module: weakref.ref[nn.Module] | None = None
-        self._reducer: Reducer | None = None
-        self._reduced: list[weakref.ref[Tensor]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -64,7 +60,7 @@ class TorqueAware(Optimizer, ABC):
             validate(merged)
             validate_step_size(merged["step_size"], self.step_sizes)
         super().add_param_group(param_group)
-        self._owned.add(self.param_groups[-1]["params"])
+        self._logical.add_group(self.param_groups[-1])
 
     def attach(self, module: nn.Module) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
@@ -77,16 +73,7 @@ class TorqueAware(Optimizer, ABC):
         Raises:
             ValueError: The module owns none of the optimizer's parameters.
         """
-        named = dict(module.named_parameters())
-        if not any(param is owned for param in self._params() for owned in named.values()):
-            raise ValueError(
-                f"attach: {type(module).__name__} owns none of this optimizer's parameters; pass the module whose "
-                "parameters the optimizer was built with"
-            )
-        self._owned.add_named(named)
-        if self._module is None or self._module() is not module:
-            self._module = weakref.ref(module)
-            self._reducer = None
+        self._logical.attach(module, list(self._params()))
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -99,11 +86,22 @@ class TorqueAware(Optimizer, ABC):
             `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
             "tensor", whole steps with scope "model".
         """
-        params = list(self._params())
-        torques = [self.state[param].get("torque") if param in self.state else None for param in params]
-        return self._telemetry.stats(
-            torques, names=self._names(), device=params[0].device if params else torch.device("cpu")
-        )
+        names = self._names()
+        device = next((param.device for param in self._params()), torch.device("cpu"))
+        return self._telemetry.stats(self._torques(), names=names, device=device)
+
+    def _torques(self) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """The torque states that there are, each 1-D, with the positions of their logical tensors; the last counts."""
+        if not self._logical.is_partitioned():
+            for index, param in enumerate(self._params()):
+                if param in self.state and "torque" in self.state[param]:
+                    yield [index], self.state[param]["torque"].reshape(1)
+            return
+        for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
+            yield range(len(table)), table.nan_to_num(0.0)
+        for buffer, indices in self._logical.buffers():
+            if self.state[buffer]["torque"].ndim == 1:
+                yield indices, self.state[buffer]["torque"]
 
     @property
     def skipped(self) -> int:
@@ -137,18 +135,18 @@ class TorqueAware(Optimizer, ABC):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
         had_state = bool(self.state)
-        reducer = self._select_reducer(list(self._params()))
+        reducer = self._select_reducer()
         devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
         for bucket in self._buckets(reducer):
             devices[bucket.device].append(bucket)
         self._check_devices(devices)
         self._reduce(reducer, list(chain.from_iterable(devices.values())))
         self._refuse_nonfinite(chain.from_iterable(devices.values()))
-        self._telemetry.start()
+        self._telemetry.start(reducer)
         for buckets in devices.values():
             self._skip_nonfinite(buckets)
             self._angles(buckets)
-            self._telemetry.record(buckets)
+            self._telemetry.record(reducer, buckets)
         self._forget_initialisation(list(chain.from_iterable(devices.values())), had_state=had_state)
 
     def _forget_initialisation(self, buckets: list[Bucket], *, had_state: bool) -> None:
@@ -171,18 +169,15 @@ class TorqueAware(Optimizer, ABC):
         for bucket in buckets:
             bucket.scale_state((~idle).to(bucket.device))
 
-    def _select_reducer(self, params: list[Tensor]) -> Reducer:
-        """The reducer for `params`, found anew when other tensors stand in the groups than in the last step."""
-        same = len(params) == len(self._reduced) and all(
-            reference() is param for reference, param in zip(self._reduced, params, strict=True)
-        )
-        if self._reducer is None or not same:
-            module = None if self._module is None else self._module()
-            if module is not None:  # FSDP2 puts other parameters in the module's place
-                self._owned.add_named(dict(module.named_parameters()))
-            self._reducer = select_reducer(params, self._owned, names=self._names(), module=module)
-            self._reduced = [weakref.ref(param) for param in params]
-        return self._reducer
+    def _select_reducer(self) -> Reducer:
+        reducer = self._logical.select(list(self._params()), self.param_groups)
+        if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):
+            raise RuntimeError(
+                "scope='model' takes one angle over all parameters, but DeepSpeed hands over a part of them at a time "
+                "(a param group under ZeRO-1 and 2, a sub-group under ZeRO-3): use scope='tensor', or one param group "
+                "and a sub_group_size larger than the model"
+            )
+        return reducer
 
     def _reduce(self, reducer: Reducer, buckets: list[Bucket]) -> None:
         """Take the partial sums and make them global: once a step on every rank, whatever this rank holds."""
@@ -254,16 +249,17 @@ class TorqueAware(Optimizer, ABC):
             for param in group["params"]:
                 grad = reducer.gradient(param)
                 if grad is not None:
-                    per_device[param.device].append(self._entry(index, param, grad, group, local=reducer.local))
+                    per_device[param.device] += self._entries(index, param, grad, group, reducer)
                 index += 1
             for device, entries in per_device.items():
                 on_host = device.type == "cpu" and not group["capturable"]
                 backend = select_backend(device, foreach=group["foreach"], fused=group["fused"], on_host=on_host)
                 yield Bucket.of(group, entries, scalars=self.scalar_states, backend=backend, on_host=on_host)
 
-    def _entry(
-        self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any], *, local: Callable[[Tensor], Tensor]
-    ) -> Entry:
+    def _entries(
+        self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any], reducer: Reducer
+    ) -> list[Entry]:
+        """One entry, or one for each logical tensor in a flat buffer; creates the state."""
         if grad.is_sparse:
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
@@ -273,18 +269,32 @@ class TorqueAware(Optimizer, ABC):
                 f"parameter {index} (shape {tuple(param.shape)}) is on the meta device and has no values to update; "
                 "materialise the model (module.to_empty, or load its weights) before training"
             )
-        state = self.state[param]
+        spans, state = reducer.spans(param), self.state[param]
         if not state:
-            self._init_state(param, state)
+            self._init_state(param, state, spans)
         decay = group["weight_decay"] if self.coupled else 0.0
-        return Entry.of(
-            index, param, grad, state, local=local, moments=self.moments, decay=decay, maximize=group["maximize"]
+        entry = Entry.of(
+            index,
+            param,
+            grad,
+            state,
+            local=reducer.local,
+            moments=self.moments,
+            decay=decay,
+            maximize=group["maximize"],
         )
+        if spans is None:
+            return [entry]
+        buffers.load_vectors(
+            state, group, spans, defaults=checkpoint.foreign_scalars(self, group), device=param.device
+        )
+        return buffers.split(entry, spans, scalar_states=self.scalar_states)
 
-    def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+    def _init_state(self, param: Tensor, state: dict[str, Any], spans: Sequence[Span] | None) -> None:
         # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.
+        shape = () if spans is None else (len(spans),)
         for key in self.scalar_states:
-            state[key] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
         for key in self.moments:
             state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
@@ -301,13 +311,7 @@ class TorqueAware(Optimizer, ABC):
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _names(self) -> list[str | None]:
-        names: list[str | None] = []
-        for group in self.param_groups:
-            given = group.get("param_names", [])
-            if len(given) != len(group["params"]):  # a wrapper replaced the parameters
-                given = [None] * len(group["params"])
-            names += [name or self._owned.name(param) for name, param in zip(given, group["params"], strict=True)]
-        return names
+        return self._logical.names(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, or of its torch.optim counterpart. No communication.
@@ -339,15 +343,19 @@ class TorqueAware(Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication."""
         self._telemetry.read_skipped()
-        return super().state_dict()
+        packed = super().state_dict()
+        if self._logical.is_partitioned():
+            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
+            buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
+        return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""
         super().__setstate__(state)
-        if "_owned" not in self.__dict__:
+        if "_logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:
-                self._owned.add(group["params"])
+                self._logical.add_group(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch.optim.Optimizer.__setstate__ puts it in our defaults

@@ -17,12 +17,14 @@ ALLOWED = {
     "ownership": set(),
     "_version": set(),
     "backends": {"update"},
-    "sharding": {"update"},
+    "sharding": {"update", "ownership"},
     "bucket": {"update", "backends"},
-    "telemetry": {"update", "bucket"},
-    "checkpoint": {"hyperparameters", "torque_aware"},
+    "logical": {"ownership", "sharding"},
+    "buffers": {"backends", "sharding"},
+    "telemetry": {"update", "bucket", "sharding"},
+    "checkpoint": {"hyperparameters", "torque_aware", "buffers"},
     "torque_aware": {
-        "update", "backends", "sharding", "bucket", "telemetry", "checkpoint", "hyperparameters", "ownership",
+        "update", "backends", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters", "logical",
     },
     "optim": {"update", "bucket", "hyperparameters", "torque_aware"},
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ class Entry:
 
     Attributes:
         index: Position among all parameters of the optimizer, in param_groups order.
-        owner: The parameter as the user knows it, the key of `optimizer.state`.
+        owner: What stands in `param_groups`, the key of `optimizer.state`: the parameter, or a flat buffer.
         param: Its values, a view that can be written.
         raw_grad: The gradient as the backward pass left it.
-        state: `optimizer.state[owner]`.
+        state: The scalar states by name, 0-d: `optimizer.state[owner]`, or views of a buffer's vectors.
         first: The first moment (`exp_avg` or `momentum_buffer`).
         second: The second moment, or None (TAM).
         coupled_decay: Weight decay that belongs to the gradient; 0 for AdaTAMW.
@@ -78,6 +78,22 @@ class Entry:
             second=held[1] if len(held) > 1 else None,
             coupled_decay=decay,
             maximize=maximize,
+        )
+
+    def part(self, index: int, start: int, length: int, state: dict[str, Any]) -> Entry:
+        """The entry of one logical tensor inside this flat buffer, with scalar states of its own."""
+
+        def narrowed(tensor: Tensor) -> Tensor:
+            return tensor.narrow(0, start, length)
+
+        return replace(
+            self,
+            index=index,
+            param=narrowed(self.param),
+            raw_grad=narrowed(self.raw_grad),
+            state=state,
+            first=narrowed(self.first),
+            second=None if self.second is None else narrowed(self.second),
         )
 
     @property

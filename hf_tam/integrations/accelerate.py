@@ -1,20 +1,28 @@
-"""Tells our optimizers which module owns their parameters, after `Accelerator.prepare` has wrapped it.
+"""Looks at what `Accelerator.prepare` does to our optimizers: refuses what cannot be right, attaches the module.
 
 Wrappers put other parameters in the place of the user's (FSDP2) or keep slices of them (FSDP1); only the prepared
-module knows. What is relied on: `Accelerator.prepare`, its list `_models` of what was prepared before, and `optimizer`
-of the AcceleratedOptimizer it returns.
+module knows. What is relied on: `Accelerator.prepare`, its list `_models` of what was prepared before, and the
+attribute `optimizer` of accelerate's and of DeepSpeed's wrappers.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+from hf_tam.integrations.deepspeed import refuse_optimizer_swap, refuse_split_model_scope
+
 TESTED_RANGE = ">=1.12,<2"
 
 patched: list[str] = []
+
+_UNSUPPORTED = {
+    "MEGATRON_LM": "Megatron-LM builds its own optimizer over flat buffers of tensor- and pipeline-parallel shards",
+    "XLA": "on XLA devices, under SPMD, it cannot be seen how a tensor is cut",
+}
 
 
 def register(module: ModuleType) -> None:
@@ -33,26 +41,48 @@ def register(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(True for item in args for _ in _ours(item)):
+            refuse_strategy(self)
         prepared = original(self, *args, **kwargs)
-        objects = prepared if isinstance(prepared, tuple) else (prepared,)
-        for item in objects:
-            _attach(getattr(item, "optimizer", item), self._models)
+        for item in prepared if isinstance(prepared, tuple) else (prepared,):
+            for optimizer in _ours(item):
+                _attach(optimizer, self._models)
+                refuse_split_model_scope(getattr(item, "optimizer", None), optimizer)
         return prepared
 
     accelerator.prepare = prepare  # type: ignore[union-attr]
     patched.append("Accelerator.prepare")
 
 
-def _attach(optimizer: Any, models: list[Any]) -> None:
-    """Attach the models that own parameters of `optimizer`, if it is one of ours."""
-    from torch.nn.parallel import DistributedDataParallel
+def refuse_strategy(accelerator: Any) -> None:
+    """Refuse what would train with another optimizer than ours, or with other angles.
 
+    Raises:
+        ValueError: Naming the strategy or the setting, and what to do.
+    """
+    name = accelerator.distributed_type.name
+    if name in _UNSUPPORTED:
+        raise ValueError(
+            f"hf_tam does not work with accelerate's {name}: {_UNSUPPORTED[name]}. Use DDP, FSDP, tensor parallelism "
+            "or DeepSpeed ZeRO, or another optimizer."
+        )
+    refuse_optimizer_swap(getattr(accelerator.state, "deepspeed_plugin", None))
+
+
+def _ours(item: Any) -> Iterator[Any]:
+    """The optimizer of ours in `item`, if there is one: accelerate wraps it once, DeepSpeed once more."""
     from hf_tam.torque_aware import TorqueAware
 
-    if not isinstance(optimizer, TorqueAware):
-        return
+    for _ in range(3):
+        if isinstance(item, TorqueAware):
+            yield item
+            return
+        item = getattr(item, "optimizer", None)
+
+
+def _attach(optimizer: Any, models: list[Any]) -> None:
+    """Attach the models that own parameters of `optimizer`."""
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for model in models:
         if any(id(param) in held for param in model.parameters()):
-            # DDP keeps the user's module as it is, and with it the names the user knows.
-            optimizer.attach(model.module if isinstance(model, DistributedDataParallel) else model)
+            optimizer.attach(model)

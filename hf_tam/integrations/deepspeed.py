@@ -1,13 +1,15 @@
-"""Refuses the DeepSpeed settings under which another optimizer than the one asked for would train, silently."""
+"""Refuses the DeepSpeed settings under which another optimizer than the one asked for would train, silently or not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+TESTED_RANGE = ">=0.18,<0.20"
+
 
 def refuse_optimizer_swap(plugin: Any) -> None:
-    """Refuse a DeepSpeed configuration that replaces the optimizer.
+    """Refuse a DeepSpeed configuration that replaces the optimizer, or that takes tensors out of its sight.
 
     Args:
         plugin: accelerate's DeepSpeedPlugin, or None if DeepSpeed is not used.
@@ -31,9 +33,63 @@ def refuse_swap_in_config(config: Mapping[str, Any]) -> None:
             f'The "optimizer" block of the DeepSpeed configuration ({name}) would replace the optimizer of hf_tam '
             "without a word: remove it."
         )
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    zero = config.get("zero_optimization") or {}
+    offload = zero.get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
             'With "offload_optimizer" and "zero_force_ds_cpu_optimizer" (true by default) DeepSpeedCPUAdam would '
             'replace the optimizer of hf_tam: set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration.'
+        )
+    for setting, found, reason, remedy in _settings(config, zero, offload):
+        if found:
+            raise ValueError(
+                f'"{setting}" in the DeepSpeed configuration does not go with an optimizer of hf_tam: {reason}. '
+                + remedy
+            )
+
+
+def _settings(
+    config: Mapping[str, Any], zero: Mapping[str, Any], offload: Mapping[str, Any]
+) -> list[tuple[str, bool, str, str]]:
+    """Each refused setting: its name, whether it is on, why it is refused, what to do."""
+    half = [name for name in ("fp16", "bf16") if (config.get(name) or {}).get("enabled") is True]
+    tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size", 1)
+    return [
+        ("offload_optimizer.ratio", offload.get("ratio", 1) != 1,
+         "what is not offloaded would be stepped by torch.optim.AdamW", "Set it to 1."),
+        ("offload_optimizer.super_offload", bool(offload.get("super_offload")),
+         "it steps with its own CPU Adam", "Remove it."),
+        ("offload_optimizer.device: nvme", offload.get("device") == "nvme",
+         "only states as large as the parameters are swapped, not those with one number a tensor",
+         'Use "device": "cpu".'),
+        ("zenflow", bool(zero.get("zenflow")), "it steps with its own CPU Adam", "Remove it."),
+        ("elastic_checkpoint", bool(zero.get("elastic_checkpoint")),
+         "it cuts the end off every state vector", "Remove it; a universal checkpoint changes the number of ranks."),
+        ("round_robin_gradients", bool(zero.get("round_robin_gradients")),
+         "DeepSpeed's map of the partitions is wrong with it (seen in 0.19.8)", "Remove it."),
+        ("mics_shard_size", zero.get("mics_shard_size", -1) > 0, "replicas of shards are not supported", "Remove it."),
+        ("tensor_parallel.autotp_size", tensor_parallel not in (0, 1),
+         "a tensor's parts on the other tensor-parallel ranks cannot be seen", "Use accelerate's tp_size."),
+        (f"{''.join(half[:1])} without ZeRO", bool(half) and zero.get("stage", 0) == 0,
+         "DeepSpeed would step copies that cannot be told from parts of a tensor",
+         'Set "zero_optimization": {"stage": 1} or more.'),
+    ]  # fmt: skip
+
+
+def refuse_split_model_scope(zero_optimizer: Any, optimizer: Any) -> None:
+    """Refuse scope "model" where DeepSpeed would call step() several times, each time with a part of the model.
+
+    Args:
+        zero_optimizer: DeepSpeed's own optimizer.
+        optimizer: The one of hf_tam inside it.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    parts = len(getattr(zero_optimizer, "fp16_groups", None) or getattr(zero_optimizer, "bit16_groups", None) or [])
+    if parts > 1 and any(group["scope"] == "model" for group in optimizer.param_groups):
+        raise ValueError(
+            f"scope='model' takes one angle over all parameters, but DeepSpeed hands them over in {parts} parts, one "
+            "at a time (a param group under ZeRO-1 and 2, a sub-group under ZeRO-3): use scope='tensor', or one param "
+            "group and a sub_group_size larger than the model"
         )

@@ -9,10 +9,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_tam.sharding.groups import ShardGroups
-from hf_tam.sharding.reducer import Reduced
+from hf_tam.sharding.reducer import Reduced, WholeParameters
 
 
-class DTensorReducer:
+class DTensorReducer(WholeParameters):
     """Sums over every mesh axis on which a parameter is not replicated; replicas are not counted twice.
 
     Plain tensors beside DTensors (the norms of a tensor-parallel model) are whole.

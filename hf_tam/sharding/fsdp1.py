@@ -10,10 +10,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_tam.sharding.groups import ShardGroups
-from hf_tam.sharding.reducer import Reduced
+from hf_tam.sharding.reducer import Reduced, WholeParameters
 
 
-class Fsdp1Reducer:
+class Fsdp1Reducer(WholeParameters):
     """Sums over the process group of each parameter's FSDP unit.
 
     A rank that holds nothing of a parameter takes part with an empty tensor, so that its scalar states advance as the

@@ -7,15 +7,18 @@ tensor is another angle, so there is nothing to fall back to.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from hf_tam.ownership import OwnedParameters
+
 _REMEDY = (
     "An angle needs the whole tensor; hf_tam is exact on one device, under DDP, FSDP1 (use_orig_params=True), FSDP2, "
-    "HSDP and tensor parallelism: use one of those, or --optim adamw_torch with this wrapper."
+    "HSDP, tensor parallelism and DeepSpeed ZeRO: use one of those, or --optim adamw_torch with this wrapper."
 )
 
 
@@ -31,8 +34,28 @@ class Reduced(NamedTuple):
     present: Tensor | None = None
 
 
+class Span(NamedTuple):
+    """What this rank holds of one logical tensor inside a flat buffer.
+
+    Attributes:
+        position: The place of the logical tensor among all of the optimizer.
+        start: Its first element in the buffer.
+        length: How many elements; 0 where other ranks hold it all.
+    """
+
+    position: int
+    start: int
+    length: int
+
+
 class Reducer(Protocol):
     """Turns the partial sums of what this rank holds into the sums of whole logical tensors."""
+
+    sees_all: bool
+    """Whether one call of step() gets every logical tensor that is trained; if not, there is no angle over all."""
+
+    def spans(self, param: Tensor) -> Sequence[Span] | None:
+        """The logical tensors in a flat buffer; None where the parameter itself is one."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """What this rank holds of a parameter or of its state, a tensor that can be written."""
@@ -50,7 +73,16 @@ class Reducer(Protocol):
         """
 
 
-class LocalReducer:
+class WholeParameters:
+    """What holds wherever each parameter stands for one logical tensor."""
+
+    sees_all = True
+
+    def spans(self, param: Tensor) -> None:
+        """The parameter is a logical tensor itself."""
+
+
+class LocalReducer(WholeParameters):
     """For whole tensors (one device, DDP): the local sums are the global ones. No communication."""
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -67,40 +99,43 @@ class LocalReducer:
 
 
 def select_reducer(
-    params: Sequence[Tensor], known: Container[Tensor], *, names: Sequence[str | None], module: nn.Module | None
+    params: Sequence[Tensor], owned: OwnedParameters, *, names: Sequence[str | None], module: nn.Module | None
 ) -> Reducer:
     """Choose the reducer for the tensors an optimizer is about to update.
 
     Communication: where tensors are sharded, one all_gather_object in each shard group, by which its ranks check that
-    they hold the same logical tensors in the same order.
+    they hold the same logical tensors in the same order; under ZeRO another one, for the partition map.
 
     Args:
         params: What stands in `param_groups` now, in order.
-        known: The parameters that the user handed over, or that an attached module owns.
-        names: The parameters' names, None where unknown.
+        owned: The parameters that the user handed over, or that an attached module owns.
+        names: The names of the logical tensors, None where unknown.
         module: The attached module, if any.
 
     Raises:
         RuntimeError: A tensor is flattened or was put in place of the user's parameters by a wrapper, is cut in a way
             that is not known, or the ranks of a shard group disagree.
     """
-    kinds = [_kind(param, known) for param in params]
-    unknown = next(
-        (position for position, kind in enumerate(kinds) if kind not in ("whole", "dtensor", "fsdp1")), None
-    )
+    kinds = [_kind(param, owned) for param in params]
+    unknown = next((position for position, kind in enumerate(kinds) if kind not in _KNOWN_KINDS), None)
     if unknown is not None:
         raise RuntimeError(_refusal(unknown, params[unknown], kinds[unknown]))
-    if "fsdp1" in kinds:
-        if "dtensor" in kinds:
-            position = kinds.index("dtensor")
-            raise RuntimeError(_refusal(position, params[position], "FSDP1 and DTensors share one optimizer"))
+    different = set(kinds) if "zero" in kinds else set(kinds) - {"whole"}
+    if len(different) > 1:
+        position = kinds.index(max(different))
+        raise RuntimeError(_refusal(position, params[position], f"{' and '.join(sorted(different))} share one step"))
+    if "fsdp1" in different:
         from hf_tam.sharding.fsdp1 import Fsdp1Reducer
 
         return Fsdp1Reducer(params, names=names, module=module)
-    if "dtensor" in kinds:
+    if "dtensor" in different:
         from hf_tam.sharding.dtensor import DTensorReducer
 
         return DTensorReducer(params, names=names)
+    if "zero" in different:
+        from hf_tam.sharding.zero import ZeroReducer
+
+        return ZeroReducer(params, owned.in_order(), names=names)
     return LocalReducer()
 
 
@@ -108,8 +143,16 @@ def _refusal(position: int, param: Tensor, reason: str) -> str:
     return f"hf_tam cannot take the angle of parameter {position} (shape {tuple(param.shape)}): {reason}. {_REMEDY}"
 
 
-def _kind(param: Tensor, known: Container[Tensor]) -> str:
-    """How the tensor is kept: "whole", "dtensor" or "fsdp1", or else the reason why it is refused."""
+def is_partitioned(owned: Iterable[Tensor | None]) -> bool:
+    """Whether DeepSpeed ZeRO has taken over any of the parameters that the optimizer was built with."""
+    return any(hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer") for param in owned)
+
+
+_KNOWN_KINDS = ("whole", "dtensor", "fsdp1", "zero")
+
+
+def _kind(param: Tensor, owned: OwnedParameters) -> str:
+    """How the tensor is kept: one of `_KNOWN_KINDS`, or else the reason why it is refused."""
     if type(param) not in (nn.Parameter, Tensor) and _is_dtensor(param):
         return "dtensor"
     if getattr(param, "_is_flat_param", False):
@@ -117,12 +160,15 @@ def _kind(param: Tensor, known: Container[Tensor]) -> str:
     # FSDP1 marks the parameters it keeps slices of; torch/distributed/fsdp/_flat_param.py.
     if getattr(param, "_fsdp_flattened", False):
         return "fsdp1"
-    if param not in known:
-        return (
-            "it is not one of the parameters this optimizer was built with, so a wrapper (such as DeepSpeed ZeRO) "
-            "put a flat or sharded buffer in their place; if you replaced it yourself, call optimizer.attach(module)"
-        )
-    return "whole"
+    if param in owned:
+        return "whole"
+    if is_partitioned(owned.in_order()):
+        return "zero"
+    return (
+        "it is not one of the parameters this optimizer was built with, so a wrapper put a flat or sharded buffer, or "
+        "a copy, in their place (DeepSpeed without ZeRO does, in fp16 and bf16); if you replaced it yourself, call "
+        "optimizer.attach(module)"
+    )
 
 
 def _is_dtensor(param: Tensor) -> bool:

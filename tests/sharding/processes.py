@@ -59,6 +59,7 @@ def _serve(rank, size, store, tasks, results):
     import torch
 
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}  # DeepSpeed asks for them
     torch.distributed.init_process_group(
         "gloo",
         store=torch.distributed.FileStore(store, size),

@@ -1,0 +1,215 @@
+"""DeepSpeed ZeRO: a rank's optimizer steps flat fp32 buffers with many logical tensors in each, cut anywhere.
+
+DeepSpeed leaves the way to its partition map on the user's parameters. ZeRO-1, ZeRO-2 and the BF16 optimizer set
+`_hp_mapping`, this rank's fragment or None, and `_dp_group`; ZeRO-3 sets `_z3_optimizer`, and the parameter's own
+`ds_numel` and `partition_numel()`. Seen in deepspeed 0.19; nothing else of it is relied on. The map is believed only
+if the fragments of all ranks together cover every logical tensor once, and hold its values.
+
+References:
+    deepspeed/utils/mixed_precision_linkage.py, deepspeed/utils/tensor_fragment.py, deepspeed/runtime/zero/stage3.py
+    in https://github.com/deepspeedai/DeepSpeed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from hf_tam.sharding.groups import ShardGroups
+from hf_tam.sharding.reducer import Reduced, Span
+
+
+class _Fragment(NamedTuple):
+    """What one rank holds of a logical tensor: which, where in the tensor, where in the buffer, how much of it.
+
+    `matches` says whether the buffer holds the parameter's own values there, as it must before the first step.
+    """
+
+    position: int
+    offset: int
+    start: int
+    length: int
+    matches: bool
+
+
+class ZeroReducer:
+    """Sums over the data-parallel group, for the buffers of one call of step().
+
+    Every rank advances the scalar states of every logical tensor of a buffer, also of those it holds nothing of.
+
+    Args:
+        buffers: The flat buffers that stand in `param_groups` during this call.
+        owned: The parameters that the optimizer was built with, in order: the logical tensors.
+        names: Their names, None where unknown.
+
+    Raises:
+        RuntimeError: A buffer's partition map is not known or has gaps, or other ranks split the model further.
+    """
+
+    def __init__(
+        self, buffers: Sequence[Tensor], owned: Sequence[Tensor | None], *, names: Sequence[str | None]
+    ) -> None:
+        """Find what lies where in the buffers.
+
+        Communication: one all_gather_object for each buffer, and `ShardGroups`' own.
+        """
+        group = _data_parallel_group(owned)
+        self._spans = {id(buffer): _spans(buffer, owned, group) for buffer in buffers}
+        held = {span.position for spans in self._spans.values() for span in spans}
+        self.sees_all = held >= {index for index, param in enumerate(owned) if _is_optimized(param) and _numel(param)}
+        self._groups = ShardGroups(
+            [[group] if index in held else [] for index in range(len(owned))],
+            [f"{name or f'parameter {index}'} {_shape(owned[index])}" for index, name in enumerate(names)],
+        )
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The buffer itself."""
+        return tensor
+
+    def gradient(self, param: Tensor) -> Tensor | None:
+        """The gradient of the whole buffer, which DeepSpeed fills with zeros where a tensor has none."""
+        return param.grad
+
+    def spans(self, param: Tensor) -> Sequence[Span]:
+        """The logical tensors in a buffer."""
+        return self._spans[id(param)]
+
+    def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
+        """One all-reduce over the data-parallel group, of the rows of this call's buffers."""
+        return self._groups.reduce(sums, rows, present=present)
+
+
+def _data_parallel_group(owned: Sequence[Tensor | None]) -> ProcessGroup:
+    groups: list[ProcessGroup] = []
+    for param in owned:
+        if not _is_optimized(param):
+            continue
+        stage3 = getattr(param, "_z3_optimizer", None)
+        group = getattr(param, "_dp_group", None) if stage3 is None else stage3.dp_process_group
+        group = getattr(param, "ds_process_group", group)
+        groups.append(group or dist.distributed_c10d._get_default_group())
+    sizes = {dist.get_world_size(group) for group in groups}
+    if sizes != {dist.get_world_size()}:
+        raise RuntimeError(
+            f"DeepSpeed partitions parameters over {sorted(sizes)} of {dist.get_world_size()} ranks: something else "
+            "(MiCS, tensor, pipeline or expert parallelism) cuts or replicates them too, and hf_tam cannot take the "
+            "angle of whole tensors: use plain ZeRO over all ranks, or --optim adamw_torch"
+        )
+    return groups[0]
+
+
+def _is_optimized(param: Tensor | None) -> bool:
+    """Whether ZeRO updates the parameter: frozen ones keep their place among the logical tensors, and no more."""
+    if param is None:
+        return False
+    return hasattr(param, "_hp_mapping") or (hasattr(param, "_z3_optimizer") and param.requires_grad)
+
+
+def _spans(buffer: Tensor, owned: Sequence[Tensor | None], group: ProcessGroup) -> list[Span]:
+    """Where each logical tensor of a buffer lies in it, in the order of the logical tensors; length 0: elsewhere."""
+    mine = _own_fragments(buffer, owned, group)
+    everyone: list[list[_Fragment]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, mine, group=group)
+    fragments: dict[int, list[_Fragment]] = {}
+    for fragment in (fragment for part in everyone for fragment in part):
+        fragments.setdefault(fragment.position, []).append(fragment)
+    if not fragments:
+        raise RuntimeError(
+            f"DeepSpeed steps a buffer of {buffer.numel()} elements that no parameter of this optimizer leads to: "
+            "build the optimizer with the parameters of the very model that is given to DeepSpeed"
+        )
+    for position, parts in sorted(fragments.items()):
+        _require_cover(position, owned[position], parts)
+        _require_values(position, owned[position], parts)
+    own = {fragment.position: fragment for fragment in mine}
+    return [
+        Span(position, own[position].start, own[position].length) if position in own else Span(position, 0, 0)
+        for position in sorted(fragments)
+    ]
+
+
+def _own_fragments(buffer: Tensor, owned: Sequence[Tensor | None], group: ProcessGroup) -> list[_Fragment]:
+    stage3 = next((found for param in owned if (found := getattr(param, "_z3_optimizer", None))), None)
+    if stage3 is not None:
+        return _stage3_fragments(buffer, owned, stage3.fp16_groups, stage3.fp32_partitioned_groups_flat, group)
+    memory = buffer.untyped_storage().data_ptr()
+    fragments = []
+    for position, param in enumerate(owned):
+        mapping = getattr(param, "_hp_mapping", None)
+        if param is not None and mapping is not None and mapping.hp_fragment.untyped_storage().data_ptr() == memory:
+            place, origin = mapping.hp_fragment_address, mapping.lp_fragment_address
+            matches = _holds(buffer, place.start, param.detach().flatten()[origin.start :][: place.numel])
+            fragments.append(_Fragment(position, origin.start, place.start, place.numel, matches))
+    return fragments
+
+
+def _stage3_fragments(
+    buffer: Tensor,
+    owned: Sequence[Tensor | None],
+    sub_groups: Sequence[Sequence[Tensor]],
+    buffers: Sequence[Tensor],
+    group: ProcessGroup,
+) -> list[_Fragment]:
+    """ZeRO-3 cuts every tensor into equal parts, pads the last ones, and lays a sub-group's parts side by side."""
+    params: Sequence[Any] = next(
+        (params for params, flat in zip(sub_groups, buffers, strict=True) if flat is buffer), []
+    )
+    positions = {id(param): position for position, param in enumerate(owned) if param is not None}
+    rank, start, fragments = dist.get_rank(group), 0, []
+    for param in params:
+        if id(param) not in positions:
+            raise RuntimeError(
+                f"DeepSpeed optimizes a parameter {_shape(param)} that this optimizer was not built with: build the "
+                "optimizer with the parameters of the very model that is given to DeepSpeed"
+            )
+        part = param.partition_numel()
+        offset = min(rank * part, param.ds_numel)
+        length = min(part, param.ds_numel - offset)
+        if length > 0:
+            matches = _holds(buffer, start, param.ds_tensor.detach().flatten()[:length])
+            fragments.append(_Fragment(positions[id(param)], offset, start, length, matches))
+        start += part
+    return fragments
+
+
+def _holds(buffer: Tensor, start: int, values: Tensor) -> bool:
+    held = buffer.detach()[start : start + values.numel()]
+    return torch.equal(held.to(values.dtype), values.to(held.device))
+
+
+def _require_values(position: int, param: Tensor | None, parts: list[_Fragment]) -> None:
+    """With round_robin_gradients the buffer has another order than the map (seen in deepspeed 0.19)."""
+    if not all(part.matches for part in parts):
+        raise RuntimeError(
+            f"DeepSpeed's buffer does not hold parameter {position} {_shape(param)} where its partition map says, and "
+            'hf_tam would take the angle of other tensors: remove "round_robin_gradients" from the DeepSpeed '
+            "configuration, and give the model its weights before DeepSpeed wraps it"
+        )
+
+
+def _require_cover(position: int, param: Tensor | None, parts: list[_Fragment]) -> None:
+    expected, covered = _numel(param), 0
+    for part in sorted(parts, key=lambda part: part.offset):
+        if part.offset != covered:
+            break
+        covered += part.length
+    if covered != expected:
+        raise RuntimeError(
+            f"DeepSpeed's partition map does not cover parameter {position} {_shape(param)}: {covered} of {expected} "
+            "elements follow one another over the ranks. hf_tam takes the angle of whole tensors only; report this "
+            "with the DeepSpeed version and configuration, or use --optim adamw_torch"
+        )
+
+
+def _numel(param: Tensor | None) -> int:
+    """Elements of the logical tensor; under ZeRO-3 the parameter itself is empty between uses."""
+    return 0 if param is None else int(getattr(param, "ds_numel", param.numel()))
+
+
+def _shape(param: Tensor | None) -> tuple[int, ...]:
+    return () if param is None else tuple(getattr(param, "ds_shape", param.shape))
