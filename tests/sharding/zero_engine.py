@@ -19,8 +19,9 @@ def import_deepspeed():
     return deepspeed
 
 
-def configuration(stage, *, dtype=torch.float32, grad_accum_dtype=None, **zero):
+def configuration(stage, *, dtype=torch.float32, grad_accum_dtype=None, load_universal=False, **zero):
     return {
+        "checkpoint": {"load_universal": load_universal},
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": CLIP,
@@ -33,9 +34,9 @@ def configuration(stage, *, dtype=torch.float32, grad_accum_dtype=None, **zero):
 
 
 def starting(stage, **options):
-    def start(model, name, optimizer_options, num_groups):
+    def start(model, name, optimizer_options, num_groups, **more):
         optimizer = make_optimizer(name, model, optimizer_options, num_groups=num_groups)
-        config = configuration(stage, **options)
+        config = configuration(stage, **options, **more)
         engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
         assert engine.zero_optimization_stage() == stage
         assert engine.optimizer.optimizer is optimizer
