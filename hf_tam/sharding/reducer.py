@@ -155,6 +155,8 @@ def _kind(param: Tensor, owned: OwnedParameters) -> str:
     """How the tensor is kept: one of `_KNOWN_KINDS`, or else the reason why it is refused."""
     if type(param) not in (nn.Parameter, Tensor) and _is_dtensor(param):
         return "dtensor"
+    if param.device.type == "xla":
+        return "it is on an XLA device, where under SPMD it cannot be seen how it is cut"
     if getattr(param, "_is_flat_param", False):
         return "FSDP1 put it in a flat parameter; wrap the model with use_orig_params=True"
     # FSDP1 marks the parameters it keeps slices of; torch/distributed/fsdp/_flat_param.py.

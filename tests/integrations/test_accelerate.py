@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 import hf_tam
@@ -53,3 +55,23 @@ def test_in_any_order(order):
     script = f"{order}\nprint(hasattr(accelerate.Accelerator.prepare, '__wrapped__'))"
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert completed.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(("kind", "words"), [("MEGATRON_LM", "Megatron-LM"), ("XLA", "SPMD")])
+def test_strategies_that_hide_tensors_are_refused(accelerator, monkeypatch, kind, words):
+    model = nn.Linear(4, 3)
+    optimizer = hf_tam.AdaTAMW(model.parameters())
+    monkeypatch.setattr(type(accelerator), "distributed_type", getattr(DistributedType, kind))
+    with pytest.raises(ValueError, match=f"{kind}: .*{words}.*Use DDP, FSDP"):
+        accelerator.prepare(model, optimizer)
+
+
+def test_a_deepspeed_swap_is_refused_before_it_happens(accelerator, monkeypatch):
+    """accelerate puts DeepSpeedCPUAdam in the optimizer's place inside prepare()."""
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config), enable_msamp=False)
+    monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin)
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match='"zero_force_ds_cpu_optimizer": false'):
+        accelerator.prepare(model, hf_tam.TAM(model.parameters()))
+    accelerator.prepare(nn.Linear(4, 3))  # nothing of ours: accelerate's own business

@@ -8,6 +8,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 import hf_tam
+from hf_tam.ownership import OwnedParameters
+from hf_tam.sharding import select_reducer
+from hf_tam.sharding.zero import _Fragment, _require_cover, _require_values
 
 OPTIMIZERS = [hf_tam.AdaTAMW, hf_tam.AdaTAM, hf_tam.TAM]
 
@@ -73,3 +76,27 @@ def test_ddp_needs_no_reduction(one_rank, optimizer_class, monkeypatch):
     before = [parameter.detach().clone() for parameter in wrapped.parameters()]
     optimizer.step()
     assert not any(torch.equal(parameter, old) for parameter, old in zip(wrapped.parameters(), before, strict=True))
+
+
+def test_parameters_on_an_xla_device():
+    class OnXla(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("xla", 0)
+
+    known = OwnedParameters()
+    parameter = torch.zeros(3).as_subclass(OnXla)
+    known.add([parameter])
+    with pytest.raises(RuntimeError, match=r"parameter 0 .*XLA.*SPMD.*use one of those, or --optim adamw_torch"):
+        select_reducer([parameter], known, names=[None], module=None)
+
+
+def test_a_rank_without_the_rest_of_a_buffer_is_refused():
+    """A partition map with a gap: what the wrapper says is checked, not believed."""
+    whole = torch.zeros(6)
+    parts = [_Fragment(0, 0, 0, 2, True), _Fragment(0, 3, 0, 3, True)]
+    with pytest.raises(RuntimeError, match=r"does not cover parameter 0 \(6,\): 2 of 6 elements"):
+        _require_cover(0, whole, parts)
+    _require_cover(0, whole, [_Fragment(0, 2, 0, 4, True), _Fragment(0, 0, 9, 2, True)])
+    with pytest.raises(RuntimeError, match=r"does not hold parameter 0 .*round_robin_gradients"):
+        _require_values(0, whole, [_Fragment(0, 0, 0, 6, False)])
