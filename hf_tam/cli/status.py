@@ -1,4 +1,4 @@
-"""`hf-tam status`: versions, what is registered and patched, and whether this environment is activated."""
+"""`hf-tam status`: versions, what is registered and patched, the backend and the strategies this environment has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import Any
 
 from hf_tam.cli.activate import hook_path
 from hf_tam.integrations import autoload
+from hf_tam.integrations.deepspeed import TESTED_RANGE as DEEPSPEED_RANGE
 
+# What torchrun and accelerate launch leave behind.
+LAUNCH_VARIABLES = (
+    "WORLD_SIZE", "RANK", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_TP_SIZE",
+)  # fmt: skip
 PACKAGES = ("hf-tam", "torch", "transformers", "accelerate", "peft", "trl", "deepspeed")
 
 
@@ -32,7 +38,51 @@ def status(parsed: argparse.Namespace) -> int:
         print(f"{package} {_version_of(package)}")
     print(f"activated: {_activation()}")
     print(f"below hf-tam run: {_yes_no(autoload.SITE_FOLDER in os.environ.get('PYTHONPATH', '').split(os.pathsep))}")
+    print(f"backend: {_backend()}")
+    for strategy, state in _strategies().items():
+        print(f"strategy {strategy}: {state}")
+    print(f"launched with: {_launch()}")
     return _print_registration()
+
+
+def _backend() -> str:
+    """What would execute a step on the device that a Trainer would choose here."""
+    import torch
+
+    from hf_tam.backends import select_backend
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    backend = select_backend(device, foreach=None, fused=None, on_host=device.type == "cpu")
+    return f"{backend.__name__.rpartition('.')[2]} (device: {device.type})"  # type: ignore[attr-defined]
+
+
+def _strategies() -> dict[str, str]:
+    """Each way of sharding: whether it can be used here, and what it takes."""
+    import torch
+
+    distributed = torch.distributed.is_available()
+    backends = [name for name in ("nccl", "gloo", "xccl") if distributed and _has_backend(name)]
+    ready = f"available ({', '.join(backends)})" if backends else "not available in this build of torch"
+    deepspeed = _version_of("deepspeed")
+    installed = deepspeed != "not installed"
+    return {
+        "DDP": f"{ready}; nothing is communicated",
+        "FSDP2, HSDP, tensor parallelism": ready,
+        "FSDP1": f"{ready}; use_orig_params=True",
+        "DeepSpeed ZeRO": f"available ({deepspeed}, tested with {DEEPSPEED_RANGE})" if installed else "not installed",
+    }
+
+
+def _has_backend(name: str) -> bool:
+    import torch
+
+    return bool(torch.distributed.is_backend_available(name))
+
+
+def _launch() -> str:
+    """What a launcher has put into the environment of this process."""
+    found = [f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ]
+    return ", ".join(found) or "nothing (one process)"
 
 
 def _print_registration() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TESTED_RANGE = ">=0.18,<0.20"
+TESTED_RANGE = ">=0.19,<0.20"
 
 
 def refuse_optimizer_swap(plugin: Any) -> None:

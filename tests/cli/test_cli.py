@@ -109,3 +109,16 @@ def test_a_subcommand_is_required(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([])
     assert "required: COMMAND" in capsys.readouterr().err
+
+
+def test_status_says_which_backend_and_which_strategies(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert cli.main(["status"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert lines["backend"] == "cpu (device: cpu)"
+    assert lines["strategy FSDP1"] == "available (gloo); use_orig_params=True"
+    assert lines["strategy FSDP2, HSDP, tensor parallelism"] == "available (gloo)"
+    assert "strategy DDP" in lines
+    assert lines["strategy DeepSpeed ZeRO"].startswith(("available (", "not installed"))
+    assert lines["launched with"] == "WORLD_SIZE=2, ACCELERATE_USE_FSDP=true"
