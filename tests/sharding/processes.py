@@ -4,21 +4,41 @@ import datetime
 import multiprocessing
 import os
 import queue
+import time
 import traceback
 
 TIMEOUT_S = 240
+PRELOADED = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+    "hf_tam",
+]
+"""Imported once, by the server that all processes are forked from: importing them takes seconds, forking does not."""
 
 
 class World:
-    """`size` processes that run functions together, one after the other."""
+    """`size` processes that run functions together, one after the other.
 
-    def __init__(self, size, folder):
-        context = multiprocessing.get_context("spawn")
+    Args:
+        size: How many.
+        folder: Where they meet; an empty one for each world.
+        timeout_s: How long a collective waits.
+    """
+
+    def __init__(self, size, folder, *, timeout_s=60):
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the children; read when they import torch
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.tasks = [context.Queue() for _ in range(size)]
         self.results = context.Queue()
         store = os.path.join(folder, "store")
         self.processes = [
-            context.Process(target=_serve, args=(rank, size, store, self.tasks[rank], self.results), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, size, store, timeout_s, self.tasks[rank], self.results), daemon=True
+            )
             for rank in range(size)
         ]
         for process in self.processes:
@@ -30,22 +50,36 @@ class World:
         Raises:
             AssertionError: A rank raised; the message has its traceback. Or no answer came in time.
         """
-        for tasks in self.tasks:
-            tasks.put((function, args))
-        answers = {}
-        while len(answers) < len(self.processes):
-            try:
-                rank, result, error = self.results.get(timeout=TIMEOUT_S)
-            except queue.Empty:
-                raise AssertionError(
-                    f"ranks {set(range(len(self.processes))) - set(answers)} gave no answer"
-                ) from None
-            answers[rank] = (result, error)
+        answers = self.answers(function, *args)
+        missing = set(range(len(self.processes))) - set(answers)
+        assert not missing, f"ranks {missing} gave no answer"
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(answers.items()) if error]
         assert not errors, "\n".join(errors)
         return [answers[rank][0] for rank in sorted(answers)]
 
+    def answers(self, function, *args):
+        """Call `function(*args)` on every rank: what each returned and the traceback of what it raised, by rank.
+
+        A rank that dies instead of answering is left out.
+        """
+        for tasks in self.tasks:
+            tasks.put((function, args))
+        answers = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline and len(answers) < len(self.processes):
+            awaited = [rank for rank in range(len(self.processes)) if rank not in answers]
+            alive = any(self.processes[rank].is_alive() for rank in awaited)
+            try:
+                rank, result, error = self.results.get(timeout=1)
+            except queue.Empty:
+                if not alive:
+                    break
+                continue
+            answers[rank] = (result, error)
+        return answers
+
     def close(self):
+        """End and reap every process."""
         for tasks in self.tasks:
             tasks.put(None)
         for process in self.processes:
@@ -55,7 +89,7 @@ class World:
                 process.join()
 
 
-def _serve(rank, size, store, tasks, results):
+def _serve(rank, size, store, timeout_s, tasks, results):
     import torch
 
     torch.set_num_threads(1)
@@ -65,7 +99,7 @@ def _serve(rank, size, store, tasks, results):
         store=torch.distributed.FileStore(store, size),
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=timeout_s),
     )
     while (task := tasks.get()) is not None:
         function, args = task
