@@ -19,6 +19,7 @@ from hf_tam.buffers import TABLE
 from hf_tam.hyperparameters import validate, validate_step_size
 
 if TYPE_CHECKING:
+    from hf_tam.sharding import Reducer
     from hf_tam.torque_aware import TorqueAware
 
 _CONSTRUCTORS = ("foreach", "fused", "capturable")
@@ -132,7 +133,8 @@ def _adapt_scalars(
     optimizer: TorqueAware, state: dict[str, Any], saved: dict[str, Any], literal: bool
 ) -> dict[str, Tensor]:
     foreign = foreign_scalars(optimizer, {**saved, "step_size": "paper" if literal else "adamw"})
-    return {key: torch.as_tensor(state.get(key, value), dtype=torch.float32) for key, value in foreign.items()}
+    held = {key: value for key, value in state.items() if key == "step" or not _is_torchs(state, saved)}
+    return {key: torch.as_tensor(held.get(key, value), dtype=torch.float32) for key, value in foreign.items()}
 
 
 def _adapt_buffer(
@@ -143,8 +145,24 @@ def _adapt_buffer(
     buffer = adapted.get("momentum_buffer")
     if buffer is None:
         return {"momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format)}
-    ours = "torque" in state or TABLE in saved
-    return {"momentum_buffer": buffer / 2.0 if literal and not ours else buffer}
+    return {"momentum_buffer": buffer / 2.0 if literal and _is_torchs(state, saved) else buffer}
+
+
+def _is_torchs(state: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether torch.optim's counterpart made the state: it has no torque, or that of a fresh state of ours.
+
+    torch.distributed.checkpoint fills what a checkpoint lacks from a fresh state where it may: with
+    full_state_dict=True, or DefaultLoadPlanner(allow_partial_load=True). A step of ours is counted, and leaves the
+    scale above 0 or the torque below.
+    """
+    if "torque" not in state:
+        return TABLE not in saved
+    if torch.as_tensor(state["torque"]).ndim:  # a buffer of ZeRO's
+        return False
+    fresh = float(state["torque"]) == 0.0
+    if "exp_avg" in state:
+        return fresh and float(state["step"]) > 0.0 and float(state["exp_avg_scale"]) == 0.0
+    return fresh and float(state["step"]) == 0.0
 
 
 def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -206,6 +224,43 @@ def restore_scalars(optimizer: TorqueAware, state_dict: dict[str, Any]) -> None:
             for name in optimizer.scalar_states:
                 value = state_dict["state"][key][name]
                 optimizer.state[param][name] = value.to(device=param.device, dtype=torch.float32, copy=True)
+
+
+def share_scalars(optimizer: TorqueAware, reducer: Reducer) -> None:
+    """After a load, give this rank the scalar states of the tensors that it holds nothing of: those of other ranks.
+
+    Communication: that of `Reducer.share`; every rank of a shard group must call it.
+    """
+    params, keys = list(optimizer._params()), optimizer.scalar_states
+
+    def numbers() -> Tensor:
+        rows = [[optimizer.state.get(param, {}).get(key) for key in keys] for param in params]
+        unknown = torch.tensor(-math.inf, device=params[0].device)
+        return torch.stack([torch.stack([unknown if value is None else value for value in row]) for row in rows])
+
+    shared = reducer.share(numbers)
+    for param, row in zip(params, [] if shared is None else shared.unbind(), strict=shared is not None):
+        if not optimizer.state.get(param) and row.isfinite().all():
+            optimizer._init_state(param, optimizer.state[param], None)
+            for key, number in zip(keys, row, strict=True):
+                optimizer.state[param][key].copy_(number)
+
+
+def complete(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Where there are DTensors, give the parameters that have none a state of zeros, as their first step would.
+
+    A parameter that got no gradient yet (an expert without a token) has no state, but whoever loads the checkpoint
+    with torch.distributed.checkpoint asks for one, and fails (torch 2.13; torch.optim.AdamW's checkpoints too).
+    """
+    params = list(optimizer._params())
+    if not state_dict["state"] or not any(hasattr(param, "placements") for param in params):
+        return state_dict
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    for key, param in zip(keys, params, strict=True):
+        if key not in state_dict["state"] and param.requires_grad:
+            state_dict["state"][key] = {}
+            optimizer._init_state(param, state_dict["state"][key], None)
+    return state_dict
 
 
 def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class TorqueAware(Optimizer, ABC):
     def _reset_runtime(self) -> None:
         self._logical = LogicalTensors()
         self._telemetry = Telemetry()
+        self._just_loaded = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -134,8 +135,11 @@ class TorqueAware(Optimizer, ABC):
     # reading scalars on the host would break the graph at every tensor and recompile at every new learning rate.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
-        had_state = bool(self.state)
         reducer = self._select_reducer()
+        if self._just_loaded:
+            checkpoint.share_scalars(self, reducer)
+            self._just_loaded = False
+        had_state = bool(self.state)
         devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
         for bucket in self._buckets(reducer):
             devices[bucket.device].append(bucket)
@@ -339,15 +343,21 @@ class TorqueAware(Optimizer, ABC):
         finally:
             before.remove()
             after.remove()
+        self._just_loaded = True
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication."""
+        """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication.
+
+        With DTensor parameters every parameter has a state, one of zeros where no step was taken yet: a checkpoint
+        that lacks some cannot be loaded by torch.distributed.checkpoint.
+        """
         self._telemetry.read_skipped()
         packed = super().state_dict()
         if self._logical.is_partitioned():
             stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
             buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
-        return packed
+            return packed
+        return checkpoint.complete(self, packed)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""

@@ -22,7 +22,7 @@ ALLOWED = {
     "logical": {"ownership", "sharding"},
     "buffers": {"backends", "sharding"},
     "telemetry": {"update", "bucket", "sharding"},
-    "checkpoint": {"hyperparameters", "torque_aware", "buffers"},
+    "checkpoint": {"hyperparameters", "sharding", "torque_aware", "buffers"},
     "torque_aware": {
         "update", "backends", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters", "logical",
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ class Fsdp1Reducer(WholeParameters):
             groups.append([] if group is None else [group])
             descriptions.append(f"{name or f'parameter {position}'} {tuple(shape)} {param.dtype}")
         self._groups = ShardGroups(groups, descriptions)
-        self._present: list[bool] = []
 
     def local(self, tensor: Tensor) -> Tensor:
         """The slice itself."""
@@ -65,6 +64,10 @@ class Fsdp1Reducer(WholeParameters):
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce for each process group of the FSDP units."""
         return self._groups.reduce(sums, rows, present=present)
+
+    def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
+        """One all-reduce: a checkpoint of FSDP1 restores states on the ranks that hold part of a tensor only."""
+        return self._groups.share(numbers())
 
 
 def _sliced(module: nn.Module) -> Iterator[tuple[Tensor, ProcessGroup | None, str, Sequence[int]]]:

@@ -65,6 +65,13 @@ class ShardGroups:
         result[:, -1] = torch.where(only_marks, 0.0, result[:, -1])
         return Reduced(result, somewhere)
 
+    def share(self, numbers: Tensor) -> Tensor:
+        """The largest of all ranks' numbers: they are equal, or -inf where a rank knows none. Shape (tensors, k)."""
+        for group, of_group in self._rows.items():
+            index = self._group_index(group, of_group, numbers.device)
+            numbers[index] = _all_reduce(numbers[index], group, maximum=True)
+        return numbers
+
     # Making a tensor of Python numbers on an accelerator waits for it, so indices are kept until they change.
     def _indices(self, rows: tuple[int, ...], present: tuple[bool, ...], sums: Tensor) -> tuple[Tensor, Tensor]:
         key = (rows, present, sums.device)
@@ -80,14 +87,15 @@ class ShardGroups:
         return self._group_indices[group, device]
 
 
-def _all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
+def _all_reduce(tensor: Tensor, group: ProcessGroup, *, maximum: bool = False) -> Tensor:
     """Sum over the group, on a device that its backend can reach (parameters may be offloaded to the CPU)."""
+    operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
     reachable = {device.type for device in group._device_types}
     if tensor.device.type in reachable:
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor, operation, group=group)
         return tensor
     moved = tensor.to(next(iter(group._device_types)))
-    dist.all_reduce(moved, group=group)
+    dist.all_reduce(moved, operation, group=group)
     return moved.to(tensor.device)
 
 

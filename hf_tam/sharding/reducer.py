@@ -7,7 +7,7 @@ tensor is another angle, so there is nothing to fall back to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -72,6 +72,16 @@ class Reducer(Protocol):
             present: Whether this rank has a gradient of it; not where an empty one stands in.
         """
 
+    def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
+        """Tell every rank the numbers that go with each logical tensor; None where every rank knows them.
+
+        Args:
+            numbers: Gives this rank's, one row a logical tensor of the optimizer, -inf where it knows none.
+
+        Returns:
+            The same with the other ranks' numbers in the gaps, -inf where nobody knows any.
+        """
+
 
 class WholeParameters:
     """What holds wherever each parameter stands for one logical tensor."""
@@ -80,6 +90,10 @@ class WholeParameters:
 
     def spans(self, param: Tensor) -> None:
         """The parameter is a logical tensor itself."""
+
+    def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
+        """None: every rank has the parameter, however little of it, and with it its numbers."""
+        return None
 
 
 class LocalReducer(WholeParameters):

@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +82,10 @@ class ZeroReducer:
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce over the data-parallel group, of the rows of this call's buffers."""
         return self._groups.reduce(sums, rows, present=present)
+
+    def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
+        """None: every rank has the numbers of every logical tensor of a buffer."""
+        return None
 
 
 def _data_parallel_group(owned: Sequence[Tensor | None]) -> ProcessGroup:
