@@ -1,18 +1,19 @@
 """Looks at what `Accelerator.prepare` does to our optimizers: refuses what cannot be right, attaches the module.
 
 Wrappers put other parameters in the place of the user's (FSDP2) or keep slices of them (FSDP1); only the prepared
-module knows. What is relied on: `Accelerator.prepare`, its list `_models` of what was prepared before, and the
-attribute `optimizer` of accelerate's and of DeepSpeed's wrappers.
+module knows. What is relied on: the names that `register` asks for, the list `_models` of what was prepared before,
+and the attribute `optimizer` of accelerate's and of DeepSpeed's wrappers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+from hf_tam.integrations.accelerate_checkpoint import checking_files, exactly_loading, marking_complete
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap, refuse_split_model_scope
 
 TESTED_RANGE = ">=1.12,<2"
@@ -32,26 +33,37 @@ def register(module: ModuleType) -> None:
         ImportError: If it lacks a name that is relied on; says which, and the range of versions that was tested.
     """
     accelerator = getattr(module, "Accelerator", None)
-    if not hasattr(accelerator, "prepare"):
+    missing = [f"Accelerator.{name}" for name in _METHODS if not hasattr(accelerator, name)]
+    if not hasattr(module, "load_fsdp_optimizer"):
+        missing.append("load_fsdp_optimizer")
+    if missing:
         raise ImportError(
-            f"hf_tam cannot follow Accelerator.prepare: accelerate {version('accelerate')} has none. It was tested "
-            f"with accelerate{TESTED_RANGE}: install one of those."
+            f"hf_tam cannot follow accelerate {version('accelerate')}: it has no {missing[0]}. It was tested with "
+            f"accelerate{TESTED_RANGE}: install one of those."
         )
-    original = accelerator.prepare  # type: ignore[union-attr]
+    for name, wrap in _METHODS.items():
+        setattr(accelerator, name, wrap(getattr(accelerator, name)))
+        patched.append(f"Accelerator.{name}")
+    module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
+    patched.append("load_fsdp_optimizer")
 
-    @functools.wraps(original)
-    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+
+def _attaching(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(prepare)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(True for item in args for _ in _ours(item)):
             refuse_strategy(self)
-        prepared = original(self, *args, **kwargs)
+        prepared = prepare(self, *args, **kwargs)
         for item in prepared if isinstance(prepared, tuple) else (prepared,):
             for optimizer in _ours(item):
                 _attach(optimizer, self._models)
                 refuse_split_model_scope(getattr(item, "optimizer", None), optimizer)
         return prepared
 
-    accelerator.prepare = prepare  # type: ignore[union-attr]
-    patched.append("Accelerator.prepare")
+    return wrapped
+
+
+_METHODS = {"prepare": _attaching, "save_state": marking_complete, "load_state": checking_files}
 
 
 def refuse_strategy(accelerator: Any) -> None:

@@ -12,10 +12,13 @@ import logging
 import os
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hf_tam.integrations.accelerate_checkpoint import exactly_loading
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
+from hf_tam.integrations.checkpoint_files import invalidate
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
@@ -142,7 +145,9 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
 
 def _patch_trainer(module: ModuleType) -> None:
     trainer = module.Trainer
-    _require(trainer, "create_optimizer", "get_optimizer_cls_and_kwargs", "train", "_save_optimizer_and_scheduler")
+    _require(trainer, "create_optimizer", "get_optimizer_cls_and_kwargs", "train", "_get_output_dir")
+    _require(trainer, "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state")
+    _require(module, "load_fsdp_optimizer")
     select = trainer.get_optimizer_cls_and_kwargs
 
     @functools.wraps(select)
@@ -155,7 +160,11 @@ def _patch_trainer(module: ModuleType) -> None:
     patched.append("Trainer.get_optimizer_cls_and_kwargs")
     _wrap(trainer, "create_optimizer", after=_attach)
     _wrap(trainer, "train", before=_check_before_training)
+    _wrap(trainer, "_save_checkpoint", before=_invalidate_checkpoint)
     _wrap(trainer, "_save_optimizer_and_scheduler", after=_save_checksums)
+    _wrap(trainer, "_save_rng_state", after=_wait_for_everyone)
+    module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
+    patched.append("load_fsdp_optimizer")
     _announce()
 
 
@@ -198,7 +207,22 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
 def _strategy(trainer: Any) -> Strategy:
     if trainer.is_deepspeed_enabled:
         return "deepspeed"
-    return "fsdp" if trainer.is_fsdp_enabled else "whole"
+    if not trainer.is_fsdp_enabled:
+        return "whole"
+    full = trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
+    return "fsdp_full" if full else "fsdp_sharded"
+
+
+def _invalidate_checkpoint(trainer: Any, model: Any = None, trial: Any = None) -> None:
+    """A folder that is written a second time holds old and new files until the end."""
+    if trainer.args.should_save and _uses_ours(trainer):
+        invalidate(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}")
+
+
+def _wait_for_everyone(trainer: Any, output_dir: str) -> None:
+    """The state, by which a checkpoint is known to be complete, is written next, and by the first process alone."""
+    if _uses_ours(trainer):
+        trainer.accelerator.wait_for_everyone()
 
 
 def _save_checksums(trainer: Any, output_dir: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -88,10 +89,10 @@ def test_a_save_killed_at_any_moment_is_refused(run_folder):
     for path in files:
         (target / path.name).write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match="is missing or cut off"):
-            require_resumable(target, strategy="whole", weights_only_wanted=False)
+            require(target, "whole")
         assert last_complete_checkpoint(run_folder) == source
         shutil.copy(path, target)
-    require_resumable(target, strategy="whole", weights_only_wanted=False)
+    require(target, "whole")
     assert last_complete_checkpoint(run_folder) == target
 
 
@@ -143,19 +144,29 @@ def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_sharding_strategy_has_files_of_its_own(tmp_path):
+def require(folder, strategy, *, weights_only_wanted=False):
+    require_resumable(folder, strategy=strategy, weights_only_wanted=weights_only_wanted)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optimizer", "model"),
+    [
+        ("fsdp_full", "optimizer.bin", "pytorch_model_fsdp.bin"),
+        ("fsdp_sharded", "optimizer_0", "pytorch_model_fsdp_0"),
+    ],
+)
+def test_a_sharding_strategy_has_files_of_its_own(tmp_path, strategy, optimizer, model):
     (tmp_path / "trainer_state.json").write_text(json.dumps({}))
-    require_resumable(tmp_path, strategy="deepspeed", weights_only_wanted=False)
-    with pytest.raises(ValueError, match=r"optimizer\* is missing.*here: fsdp"):
-        require_resumable(tmp_path, strategy="fsdp", weights_only_wanted=False)
-    require_resumable(tmp_path, strategy="fsdp", weights_only_wanted=True)
-    (tmp_path / "optimizer_0").mkdir()
-    (tmp_path / "scheduler.pt").touch()
-    require_resumable(tmp_path, strategy="fsdp", weights_only_wanted=False)
-    with pytest.raises(ValueError, match=r"optimizer\.pt is missing.*here: whole"):
-        require_resumable(tmp_path, strategy="whole", weights_only_wanted=False)
-    write_checksums(tmp_path)
-    assert not (tmp_path / "optimizer.sha256").exists()
+    require(tmp_path, "deepspeed")
+    with pytest.raises(ValueError, match=rf"{re.escape(optimizer)} is missing, so the optimizer would start afresh"):
+        require(tmp_path, strategy)
+    with pytest.raises(ValueError, match=rf"{re.escape(model)} is missing, and with it the model"):
+        require(tmp_path, strategy, weights_only_wanted=True)
+    torch.save({}, tmp_path / "optimizer.pt")
+    torch.save({}, tmp_path / "scheduler.pt")
+    require(tmp_path, "whole")
+    with pytest.raises(ValueError, match=rf"{re.escape(optimizer)} is missing, .* was saved by one process or DDP"):
+        require(tmp_path, strategy)
 
 
 def test_last_complete_checkpoint_counts_in_numbers_and_ignores_other_folders(tmp_path):

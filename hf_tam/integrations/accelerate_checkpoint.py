@@ -1,0 +1,205 @@
+"""Makes what `Accelerator.save_state` writes and `load_state` reads exact for our optimizers, and complete or refused.
+
+What is relied on: the methods and the function that are wrapped here, `Accelerator`'s list `_optimizers` of what was
+prepared, and `optimizer` of the AcceleratedOptimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_tam.integrations.checkpoint_files import (
+    COMPLETE_FILE,
+    first_deviation,
+    first_harm,
+    mark_complete,
+    mark_incomplete,
+    read_metadata,
+)
+
+if TYPE_CHECKING:
+    from hf_tam.torque_aware import TorqueAware
+
+
+def last_complete_state(folder: str | Path) -> Path | None:
+    """Find the newest folder in `folder` that `Accelerator.save_state` wrote to its end, in all processes.
+
+    Folders that it wrote without hf_tam, or for other optimizers, are passed over.
+
+    Args:
+        folder: Where the folders of `save_state` are. Need not exist.
+    """
+    marks = [mark for mark in Path(folder).glob(f"*/{COMPLETE_FILE}") if first_deviation(mark.parent) is None]
+    newest = max(marks, key=lambda mark: mark.stat().st_mtime_ns, default=None)
+    return None if newest is None else newest.parent
+
+
+def marking_complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Accelerator.save_state` so that it is known of a folder whether all processes wrote it to its end."""
+
+    @functools.wraps(save_state)
+    def wrapped(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        ours = _our_optimizers(self)
+        if not ours:
+            return save_state(self, output_dir, *args, **kwargs)
+        _refuse_one_ranks_shards(self, ours)
+        numbered = (
+            self.project_configuration.automatic_checkpoint_naming
+        )  # each folder is new, and accelerate makes it
+        if output_dir is not None and not numbered and self.is_main_process:
+            mark_incomplete(Path(output_dir))
+        location = save_state(self, output_dir, *args, **kwargs)
+        self.wait_for_everyone()
+        if self.is_main_process:
+            mark_complete(Path(location))
+        return location
+
+    return wrapped
+
+
+def checking_files(load_state: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Accelerator.load_state` so that a file that is missing or cut off is named before anything is loaded."""
+
+    @functools.wraps(load_state)
+    def wrapped(self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        ours = _our_optimizers(self)
+        if ours:
+            _refuse_one_ranks_shards(self, ours)
+            folder = _folder_to_load(self, input_dir)
+            if folder is not None and folder.is_dir():  # otherwise accelerate says what is wrong
+                _require_unharmed(folder)
+        return load_state(self, input_dir, *args, **kwargs)
+
+    return wrapped
+
+
+def _folder_to_load(accelerator: Any, input_dir: str | None) -> Path | None:
+    """The folder that `load_state` will take: the given one, or that of the highest number."""
+    if input_dir is not None:
+        return Path(input_dir).expanduser()
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        return None
+    numbered = {
+        int(match[1]): path
+        for path in Path(accelerator.project_dir, "checkpoints").glob("checkpoint_*")
+        if (match := re.fullmatch(r"checkpoint_(\d+)", path.name))
+    }
+    return numbered[max(numbered)] if numbered else None
+
+
+def _our_optimizers(accelerator: Any) -> list[TorqueAware]:
+    from hf_tam.torque_aware import TorqueAware
+
+    optimizers = [getattr(item, "optimizer", item) for item in accelerator._optimizers]
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, TorqueAware)]
+
+
+def _refuse_one_ranks_shards(accelerator: Any, optimizers: list[TorqueAware]) -> None:
+    """Without FSDP or DeepSpeed accelerate saves what the first rank holds, and every rank loads it as its own."""
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        return
+    params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+    if any(not placement.is_replicate() for param in params for placement in getattr(param, "placements", ())):
+        raise RuntimeError(
+            "Accelerator.save_state keeps the shards of the first rank only, and load_state gives them to every rank, "
+            "where parameters are sharded by tensor parallelism alone: use torch.distributed.checkpoint with "
+            "get_model_state_dict and get_optimizer_state_dict instead"
+        )
+
+
+def _require_unharmed(folder: Path) -> None:
+    harm = first_harm(folder) or first_deviation(folder)
+    if harm is None:
+        return
+    earlier = last_complete_state(folder.parent)
+    remedy = "There is no other complete one beside it." if earlier is None else f"Load {earlier} instead."
+    raise ValueError(f"{harm}. This checkpoint was not written to its end, or was damaged since. {remedy}")
+
+
+def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap accelerate's `load_fsdp_optimizer` so that our optimizers load what was saved, all of it."""
+
+    @functools.wraps(load_fsdp_optimizer)
+    def wrapped(
+        fsdp_plugin: Any,
+        accelerator: Any,
+        optimizer: Any,
+        model: Any,
+        input_dir: str | Path,
+        optimizer_index: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        from hf_tam.torque_aware import TorqueAware
+
+        load = functools.partial(
+            load_fsdp_optimizer, fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, **kwargs
+        )
+        inner = getattr(optimizer, "optimizer", optimizer)
+        shards = Path(input_dir) / f"optimizer_{optimizer_index}"
+        if not isinstance(inner, TorqueAware) or not shards.is_dir():
+            return load()
+        if fsdp_plugin.fsdp_version == 1:
+            _make_states(inner)
+            load = functools.partial(_with_small_tensors, load)
+        metadata = read_metadata(shards)
+        names = set() if metadata is None else set(metadata.state_dict_metadata)
+        handle = inner.register_state_dict_post_hook(functools.partial(_ask_for, names=names))
+        try:
+            return load()
+        finally:
+            handle.remove()
+
+    return wrapped
+
+
+def _make_states(optimizer: TorqueAware) -> None:
+    """Give every parameter a state to be loaded into.
+
+    accelerate 1.15 asks a fresh FSDP1 optimizer what there is to load, and so loads nothing, without a word.
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad and not optimizer.state.get(param):
+                optimizer._init_state(param, optimizer.state[param], None)
+
+
+def _with_small_tensors(load: Callable[[], Any]) -> Any:
+    """Load FSDP1's shards also where a tensor has fewer rows than there are ranks.
+
+    A rank that holds nothing of one takes the checkpoint for one of torch 2.3 and fails (torch 2.13,
+    checkpoint/default_planner.py, create_local_plan), unless it leaves out a flattening that is for FSDP1 on top of
+    tensor parallelism.
+    """
+    from torch.distributed.checkpoint import default_planner
+
+    planner = default_planner.DefaultLoadPlanner
+    default_planner.DefaultLoadPlanner = functools.partial(planner, flatten_sharded_tensors=False)  # type: ignore[assignment,misc]
+    try:
+        return load()
+    finally:
+        default_planner.DefaultLoadPlanner = planner  # type: ignore[misc]
+
+
+def _ask_for(optimizer: Any, state_dict: dict[str, Any], *, names: set[str]) -> None:
+    """A state_dict hook: have torch.distributed.checkpoint asked for what the checkpoint has, no more and no less.
+
+    torch.optim's counterparts have fewer states, and other hyperparameters, which tell a variant that is refused.
+
+    Args:
+        optimizer: One of ours.
+        state_dict: Its state_dict; changed in place.
+        names: What the checkpoint holds.
+    """
+    absent = [key for key in optimizer.scalar_states if not any(name.endswith(f".{key}") for name in names)]
+    if "torque" not in absent:
+        return
+    for key, state in state_dict["state"].items():
+        state_dict["state"][key] = {name: value for name, value in state.items() if name not in absent}
+    for position, group in enumerate(state_dict["param_groups"]):
+        prefix = f"optimizer.param_groups.{position}."
+        saved = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        state_dict["param_groups"][position] = {key: group.get(key) for key in saved | {"params"}}
