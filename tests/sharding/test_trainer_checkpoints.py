@@ -1,0 +1,59 @@
+"""The Trainer's checkpoints under real FSDP1, FSDP2 and DDP, resumed by processes that never saw the run."""
+
+import shutil
+
+import pytest
+
+from hf_tam.integrations.trainer_checkpoint import refuse_other_optimizer
+from tests.sharding import trainer_runs
+from tests.sharding.trainer_runs import FULL, RANKS, SHARDED, STOPPED_AT, checkpoint
+
+# One worker runs them all, so that the worlds are started once.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+
+PLUGINS = [None, (1, FULL), (1, SHARDED), (2, FULL), (2, SHARDED)]
+
+
+def identify(plugin):
+    return "ddp" if plugin is None else f"fsdp{plugin[0]}-{plugin[1].partition('_')[0].lower()}"
+
+
+def run_to_the_end(world, folder, plugin, **options):
+    """Train; checks that the strategy is what was meant, and returns what rank 0 ended with."""
+    first, *others = world.run(trainer_runs.train, str(folder), plugin, options.pop("resume", None), options)
+    assert first["kind"] == (plugin and plugin[0])
+    assert all(other == first for other in others)
+    assert first["steps"] == STOPPED_AT
+    return first
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=identify)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(worlds, tmp_path, plugin):
+    whole = run_to_the_end(worlds(RANKS), tmp_path / "whole", plugin)
+    torques = [value[0] for name, value in whole["tensors"].items() if name.endswith(".torque")]
+    assert len(set(torques)) == len(torques) >= 10
+    assert 0.0 not in torques
+    source = checkpoint(tmp_path / "whole")
+    shutil.copytree(source, checkpoint(tmp_path / "resumed"))
+    resumed = run_to_the_end(worlds(RANKS, "resumed"), tmp_path / "resumed", plugin, resume=True)
+    assert resumed == whole
+    with pytest.raises(ValueError, match="was saved by an optimizer of hf_tam, and --optim adamw_torch would misread"):
+        refuse_other_optimizer(source, "adamw_torch")
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=identify)
+def test_a_checkpoint_of_adamw_goes_on_as_adamw(worlds, tmp_path, plugin):
+    """Held neutral, our optimizer is AdamW: four more steps of a resumed run are those of the run it resumes."""
+    whole = run_to_the_end(worlds(RANKS), tmp_path, plugin, optim="adamw_torch")
+    assert whole["optimizer"] == "AdamW"
+    neutral = "gamma=1.0,damping_eps=0.0"
+    resumed = run_to_the_end(
+        worlds(RANKS, "resumed"), tmp_path, plugin, resume=checkpoint(tmp_path), optim="adatamw", optim_args=neutral
+    )
+    assert resumed["optimizer"] == "AdaTAMW"
+    for name, expected in whole["tensors"].items():
+        if name.endswith((".value", ".step")):
+            # another order of the same operations, for four steps
+            assert resumed["tensors"][name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+    torques = {value[0] for name, value in resumed["tensors"].items() if name.endswith(".torque")}
+    assert torques == {0.0}

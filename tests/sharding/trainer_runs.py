@@ -1,0 +1,60 @@
+"""The Trainer under real FSDP1, FSDP2 and DDP: runs inside a `World`, called by tests."""
+
+import os
+
+from torch.distributed.tensor import DTensor
+
+from tests.integrations.test_trainer import make_trainer
+from tests.sharding import checkpoints
+from tests.sharding.cpu_fsdp import fsdp_on_cpu
+
+SAVED_AT = 10
+"""Steps before the checkpoint that is resumed."""
+STOPPED_AT = 14
+RANKS = 2
+FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+
+
+def make(folder, plugin, **changes):
+    """A Trainer; `plugin` is the version of FSDP and its state_dict_type, or None for DDP. Inside `fsdp_on_cpu`."""
+    options = {"max_steps": STOPPED_AT, "save_strategy": "steps", "save_steps": SAVED_AT, "optim_args": None}
+    if plugin is not None:
+        version, state_dict_type = plugin
+        config = {
+            "version": version,
+            "state_dict_type": state_dict_type,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        }
+        if version == 1:  # its modules broadcast on accelerators only
+            config |= {"use_orig_params": True, "sync_module_states": False}
+        options |= {"fsdp": True, "fsdp_config": config}
+    return make_trainer(folder, **(options | changes))
+
+
+def train(folder, plugin, resume, changes):
+    """Train from the start, or from a checkpoint; what every rank holds in the end."""
+    with fsdp_on_cpu():
+        trainer = make(folder, plugin, **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        optimizer = trainer.optimizer.optimizer
+        tensors = checkpoints.snapshot(trainer.model_wrapped, optimizer)
+        return {
+            "tensors": {name: tensor.tolist() for name, tensor in tensors.items()},
+            "kind": parameter_kind(optimizer),
+            "optimizer": type(optimizer).__name__,
+            "steps": trainer.state.global_step,
+            "rate": trainer.lr_scheduler.get_last_lr(),
+            "ranks disagree": checkpoints.disagreements(optimizer) if hasattr(optimizer, "scalar_states") else [],
+        }
+
+
+def parameter_kind(optimizer):
+    """How the first parameter is kept."""
+    parameter = optimizer.param_groups[0]["params"][0]
+    if isinstance(parameter, DTensor):
+        return 2
+    return 1 if getattr(parameter, "_fsdp_flattened", False) else None
+
+
+def checkpoint(folder, step=SAVED_AT):
+    return os.path.join(folder, f"checkpoint-{step}")
