@@ -5,6 +5,7 @@ that wrote the checkpoint.
 """
 
 import contextlib
+import functools
 import os
 import warnings
 
@@ -34,6 +35,11 @@ SAVED_AT = 12
 """Steps before a checkpoint: more than 10, so that every torque has left 0."""
 STOPPED_AT = 16
 """The last step of a run that goes on."""
+THEIRS = {
+    "AdamW": torch.optim.AdamW,
+    "AMSGrad": functools.partial(torch.optim.AdamW, amsgrad=True),
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 def shard(name, *, lora=False, dtype=torch.float32, unused=True):
@@ -69,9 +75,8 @@ def optimizer_for(model, optimizer_name, *, scope="tensor", step_size=None):
         {"params": [value for key, value in trained.items() if "bias" in key], "lr": 0.03},
     ]
     groups = [group for group in groups if group["params"]]
-    if optimizer_name in ("AdamW", "SGD"):
-        options = {"momentum": 0.9} if optimizer_name == "SGD" else {}
-        return getattr(torch.optim, optimizer_name)(groups, lr=0.02, **options)
+    if optimizer_name in THEIRS:
+        return THEIRS[optimizer_name](groups, lr=0.02)
     options = {} if step_size is None else {"step_size": step_size}
     return getattr(hf_tam, optimizer_name)(groups, lr=0.02, scope=scope, damping_eps=1e-6, **options)
 

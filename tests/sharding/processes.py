@@ -51,22 +51,22 @@ class World:
             AssertionError: A rank raised; the message has its traceback. Or no answer came in time.
         """
         answers = self.answers(function, *args)
-        missing = set(range(len(self.processes))) - set(answers)
-        assert not missing, f"ranks {missing} gave no answer"
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(answers.items()) if error]
+        errors += [f"rank {rank} gave no answer" for rank in range(len(self.processes)) if rank not in answers]
         assert not errors, "\n".join(errors)
         return [answers[rank][0] for rank in sorted(answers)]
 
-    def answers(self, function, *args):
+    def answers(self, function, *args, at_most=None):
         """Call `function(*args)` on every rank: what each returned and the traceback of what it raised, by rank.
 
-        A rank that dies instead of answering is left out.
+        A rank that dies instead of answering, or does not answer in time, is left out; with `at_most` so many answers
+        are waited for.
         """
         for tasks in self.tasks:
             tasks.put((function, args))
         answers = {}
         deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline and len(answers) < len(self.processes):
+        while time.monotonic() < deadline and len(answers) < (at_most or len(self.processes)):
             awaited = [rank for rank in range(len(self.processes)) if rank not in answers]
             alive = any(self.processes[rank].is_alive() for rank in awaited)
             try:
@@ -87,6 +87,12 @@ class World:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+    def kill(self):
+        """End and reap every process without asking, where some are dead and the others may wait for them."""
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
 def _serve(rank, size, store, timeout_s, tasks, results):

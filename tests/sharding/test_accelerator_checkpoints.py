@@ -124,6 +124,24 @@ def test_a_checkpoint_of_adamw_loads_exactly(worlds, tmp_path, plugin):
         assert result["ranks disagree"] == []
 
 
+def load_into_ours(folder, plugin):
+    with fsdp_on_cpu():
+        accelerator, *_ = prepare(plugin, "AdaTAMW")
+        try:
+            accelerator.load_state(folder)
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+# Not FSDP2's FULL_STATE_DICT: there only the first rank sees what the checkpoint holds, and is alone with its error.
+@pytest.mark.parametrize("plugin", [(1, FULL), (1, SHARDED), (2, SHARDED)], ids=identify)
+def test_a_checkpoint_of_amsgrad_is_refused(worlds, tmp_path, plugin):
+    worlds(RANKS).run(save_and_go_on, str(tmp_path), plugin, "AMSGrad")
+    for error in worlds(RANKS, "resumed").run(load_into_ours, str(tmp_path), plugin):
+        assert "made with amsgrad=True: a torque-aware optimizer has no form with AMSGrad" in error
+
+
 def save_and_load_under_tensor_parallelism(folder):
     from accelerate import Accelerator
 
