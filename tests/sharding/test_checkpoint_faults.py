@@ -4,6 +4,7 @@ import functools
 import random
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,20 @@ def test_save_state_killed_inside_a_write(worlds, doomed, whole_states, tmp_path
     for error, different in worlds(RANKS, "resumed").run(load_half_and_whole, str(folder), plugin):
         assert error.startswith(str(folder / "second"))  # the file
         assert f"not written to its end, or was damaged since. Load {folder / 'first'} instead" in error
+        assert different == []
+
+
+def test_new_and_old_files_are_no_checkpoint(worlds, doomed, whole_states, tmp_path):
+    """Killed between two files that are written a second time: every file has the size it had, some are older."""
+    plugin = (2, FULL)
+    folder = Path(shutil.copytree(whole_states(plugin)[0], tmp_path / "states"))
+    first_file = folder / "second" / "pytorch_model_fsdp.bin"
+    answers = doomed.answers(save_twice_with_fuse, str(folder), plugin, {0: first_file.stat().st_size})
+    assert_killed(doomed, answers, (0,))
+    assert zipfile.is_zipfile(first_file)
+    assert last_complete_state(folder) == folder / "first"
+    for error, different in worlds(RANKS, "resumed").run(load_half_and_whole, str(folder), plugin):
+        assert "complete.json is empty" in error
         assert different == []
 
 
