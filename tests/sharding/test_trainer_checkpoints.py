@@ -27,15 +27,21 @@ def run_to_the_end(world, folder, plugin, **options):
     return first
 
 
-@pytest.mark.parametrize("plugin", PLUGINS, ids=identify)
-def test_a_resumed_run_is_the_run_that_was_never_stopped(worlds, tmp_path, plugin):
-    whole = run_to_the_end(worlds(RANKS), tmp_path / "whole", plugin)
+# No adapters under FSDP1: there the Trainer does not load their weights, whatever the optimizer is (transformers 5.23,
+# peft 0.21: the names that PEFT asks for lack FSDP1's prefix).
+@pytest.mark.parametrize(
+    ("plugin", "lora"),
+    [*((plugin, False) for plugin in PLUGINS), ((2, FULL), True), ((2, SHARDED), True)],
+    ids=lambda value: identify(value) if not isinstance(value, bool) else "lora" if value else "whole",
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(worlds, tmp_path, plugin, lora):
+    whole = run_to_the_end(worlds(RANKS), tmp_path / "whole", plugin, lora=lora)
     torques = [value[0] for name, value in whole["tensors"].items() if name.endswith(".torque")]
-    assert len(set(torques)) == len(torques) >= 10
+    assert len(set(torques)) == len(torques) == (4 if lora else 12)
     assert 0.0 not in torques
     source = checkpoint(tmp_path / "whole")
     shutil.copytree(source, checkpoint(tmp_path / "resumed"))
-    resumed = run_to_the_end(worlds(RANKS, "resumed"), tmp_path / "resumed", plugin, resume=True)
+    resumed = run_to_the_end(worlds(RANKS, "resumed"), tmp_path / "resumed", plugin, resume=True, lora=lora)
     assert resumed == whole
     with pytest.raises(ValueError, match="was saved by an optimizer of hf_tam, and --optim adamw_torch would misread"):
         refuse_other_optimizer(source, "adamw_torch")

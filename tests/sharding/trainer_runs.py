@@ -2,9 +2,11 @@
 
 import os
 
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 
 from tests.integrations.test_trainer import make_trainer
+from tests.integrations.untouched import tiny_llama
 from tests.sharding import checkpoints
 from tests.sharding.cpu_fsdp import fsdp_on_cpu
 
@@ -15,7 +17,7 @@ RANKS = 2
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 
 
-def make(folder, plugin, **changes):
+def make(folder, plugin, *, lora=False, **changes):
     """A Trainer; `plugin` is the version of FSDP and its state_dict_type, or None for DDP. Inside `fsdp_on_cpu`."""
     options = {"max_steps": STOPPED_AT, "save_strategy": "steps", "save_steps": SAVED_AT, "optim_args": None}
     if plugin is not None:
@@ -28,7 +30,10 @@ def make(folder, plugin, **changes):
         if version == 1:  # its modules broadcast on accelerators only
             config |= {"use_orig_params": True, "sync_module_states": False}
         options |= {"fsdp": True, "fsdp_config": config}
-    return make_trainer(folder, **(options | changes))
+    model = tiny_llama()
+    if lora:  # two rows: a shard of one on each rank
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    return make_trainer(folder, model=model, **(options | changes))
 
 
 def train(folder, plugin, resume, changes):
