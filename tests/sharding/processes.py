@@ -14,7 +14,9 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
-    "hf_tam",
+    "hf_tam.optim",
+    "peft",
+    "pytest",
 ]
 """Imported once, by the server that all processes are forked from: importing them takes seconds, forking does not."""
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from tests.sharding import checkpoints, strategies
@@ -65,6 +66,7 @@ def save_and_go_on(folder, plugin, optimizer_name):
         train(model, optimizer, scheduler, 0, SAVED_AT)
         saved = checkpoints.snapshot(model, optimizer.optimizer)
         accelerator.save_state(folder)
+        dist.barrier()
         files = set(os.listdir(folder))
         train(model, optimizer, scheduler, SAVED_AT, STOPPED_AT)
         stopped = checkpoints.snapshot(model, optimizer.optimizer)
@@ -110,6 +112,13 @@ def test_a_resumed_run_is_the_run_that_was_saved(worlds, tmp_path, plugin):
         assert result["stopped"] == []
         assert result["ranks disagree"] == []
         assert result["same rate"]
+
+
+def test_a_full_state_of_fsdp1_loads_into_fsdp2(worlds, tmp_path):
+    worlds(RANKS).run(save_and_go_on, str(tmp_path), (1, FULL), "AdaTAMW")
+    for result in worlds(RANKS, "resumed").run(resume, str(tmp_path), (2, FULL)):
+        assert result["loaded"] == []
+        assert result["ranks disagree"] == []
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=identify)

@@ -47,7 +47,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(worlds, tmp_path, plugi
         refuse_other_optimizer(source, "adamw_torch")
 
 
-@pytest.mark.parametrize("plugin", PLUGINS, ids=identify)
+@pytest.mark.parametrize("plugin", [None, (1, SHARDED), (2, FULL)], ids=identify)
 def test_a_checkpoint_of_adamw_goes_on_as_adamw(worlds, tmp_path, plugin):
     """Held neutral, our optimizer is AdamW: four more steps of a resumed run are those of the run it resumes."""
     whole = run_to_the_end(worlds(RANKS), tmp_path, plugin, optim="adamw_torch")
