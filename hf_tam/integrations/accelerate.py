@@ -7,6 +7,7 @@ and the attribute `optimizer` of accelerate's and of DeepSpeed's wrappers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -54,7 +55,8 @@ def _attaching(prepare: Callable[..., Any]) -> Callable[..., Any]:
         if any(True for item in args for _ in _ours(item)):
             refuse_strategy(self)
         prepared = prepare(self, *args, **kwargs)
-        for item in prepared if isinstance(prepared, tuple) else (prepared,):
+        # a tuple, but under FSDP2 and tensor parallelism a list (accelerate 1.15)
+        for item in prepared if isinstance(prepared, (tuple, list)) else (prepared,):
             for optimizer in _ours(item):
                 _attach(optimizer, self._models)
                 refuse_split_model_scope(getattr(item, "optimizer", None), optimizer)
@@ -94,7 +96,8 @@ def _ours(item: Any) -> Iterator[Any]:
 
 def _attach(optimizer: Any, models: list[Any]) -> None:
     """Attach the models that own parameters of `optimizer`."""
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for model in models:
-        if any(id(param) in held for param in model.parameters()):
-            optimizer.attach(model)
+        # DeepSpeed's engine would put "module." before every name.
+        is_engine = any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+        with contextlib.suppress(ValueError):  # a model that is none of this optimizer's
+            optimizer.attach(model.module if is_engine else model)

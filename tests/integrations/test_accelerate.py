@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 import hf_tam
+from hf_tam.integrations.accelerate import _attaching
 
 
 @pytest.fixture
@@ -75,3 +76,13 @@ def test_a_deepspeed_swap_is_refused_before_it_happens(accelerator, monkeypatch)
     with pytest.raises(ValueError, match='"zero_force_ds_cpu_optimizer": false'):
         accelerator.prepare(model, hf_tam.TAM(model.parameters()))
     accelerator.prepare(nn.Linear(4, 3))  # nothing of ours: accelerate's own business
+
+
+def test_what_fsdp2_prepares_is_attached(accelerator, monkeypatch):
+    """prepare() returns a list there, not a tuple."""
+    model = nn.Linear(4, 3)
+    optimizer = hf_tam.AdaTAMW(model.parameters())
+    monkeypatch.setattr(accelerator, "_models", [model])
+    prepare = _attaching(lambda self, *objects: list(objects))
+    prepare(accelerator, model, optimizer)
+    assert optimizer.torque_stats()["names"] == ["weight", "bias"]
