@@ -15,6 +15,7 @@ import hf_tam
 from tests.integrations.test_trainer import make_trainer, unwrapped
 from tests.integrations.untouched import TokenRows, tiny_llama
 from tests.sharding.cpu_fsdp import fsdp_on_cpu
+from tests.sharding.zero_engine import import_deepspeed
 
 GLOBAL_BATCH = 4
 ACCUMULATED = 2
@@ -92,11 +93,8 @@ def outcome(optimizer, model, way=WAYS["ddp"]):
 
 
 def whole_parameters(model):
-    from tests.sharding.zero_engine import import_deepspeed
-
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if any(hasattr(value, "_z3_optimizer") or hasattr(value, "_hp_mapping") for value in trained.values()):
-        import_deepspeed()
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {clean(name): safe_get_full_fp32_param(value) for name, value in trained.items()}
@@ -164,6 +162,8 @@ def strategy(way):
     # accelerate has DeepSpeed only where it was not told to use the CPU: it must find by itself that there is no GPU
     deepspeed = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
     environment = deepspeed if way.stage else {}
+    if way.stage:
+        import_deepspeed()
     backend = {"backend": "gloo"} if way.stage else {}
     with (
         fsdp_on_cpu(),

@@ -17,6 +17,7 @@ PRELOADED = [
     "hf_tam.optim",
     "peft",
     "pytest",
+    "deepspeed",
 ]
 """Imported once, by the server that all processes are forked from: importing them takes seconds, forking does not."""
 
@@ -32,6 +33,7 @@ class World:
 
     def __init__(self, size, folder, *, timeout_s=60):
         os.environ["OMP_NUM_THREADS"] = "1"  # of the children; read when they import torch
+        os.environ["DS_ACCELERATOR"] = "cpu"  # and when they import DeepSpeed
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.tasks = [context.Queue() for _ in range(size)]

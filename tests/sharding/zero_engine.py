@@ -11,9 +11,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def import_deepspeed():
-    """DeepSpeed for the CPU, without its banner."""
+    """DeepSpeed for the CPU, without its banner and its shared-memory collectives, which it would compile first."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
