@@ -24,12 +24,14 @@ from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    ShardingStrategy,
     StateDictType,
 )
 from torch.distributed.tensor import DTensor
 
 import hf_tam
 from tests.sharding import strategies
+from tests.sharding.trained import Model
 
 SAVED_AT = 12
 """Steps before a checkpoint: more than 10, so that every torque has left 0."""
@@ -42,16 +44,25 @@ THEIRS = {
 }
 
 
+SHARDINGS = {
+    "single": lambda model: model,
+    "ddp": strategies.ddp,
+    "fsdp1": strategies.fsdp1(ShardingStrategy.FULL_SHARD),
+    "fsdp2": strategies.fsdp2(),
+    "fsdp2-offload": strategies.fsdp2(offload=True),
+    "hsdp": strategies.fsdp2(shape=(2, 2)),
+    "tp": strategies.tensor_parallel,
+    "fsdp2-tp": strategies.fsdp2_on_tensor_parallel,
+}
+"""The ways of sharding over all ranks of a world; "single" is not sharded."""
+
+
 def shard(name, *, lora=False, dtype=torch.float32, unused=True):
-    """A model that is sharded as `name` says; "single" is not, "fsdp2-alone" is on as many ranks as there are."""
-    model = strategies.Model(lora).to(dtype)
+    """A model that is sharded as `name` says; without `unused` no parameter is left that never gets a gradient."""
+    model = Model(lora).to(dtype)
     if not unused:
         model.never.requires_grad_(False)
-    if name == "single":
-        return model
-    if name == "fsdp2-alone":
-        return strategies.fsdp2()(model)
-    return next(sharding for sharding in strategies.SHARDINGS if sharding.name == name).shard(model)
+    return SHARDINGS[name](model)
 
 
 def build(name, optimizer_name, *, scope="tensor", step_size=None, moved=False, **options):

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tests.sharding import checkpoints, strategies
 from tests.sharding.checkpoints import SAVED_AT, STOPPED_AT
 from tests.sharding.cpu_fsdp import fsdp_on_cpu
+from tests.sharding.trained import Model
 
 # One worker runs them all, so that the worlds are started once.
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
@@ -43,11 +44,11 @@ def prepare(plugin, optimizer_name):
                 fsdp_version=version,
                 state_dict_type=state_dict_type,
                 auto_wrap_policy="SIZE_BASED_WRAP",
-                min_num_params=100,
+                min_num_params=150,  # `middle`
                 **({"use_orig_params": True} if version == 1 else {}),
             )
         )
-    model = strategies.Model(False)
+    model = Model(False)
     model.never.requires_grad_(False)  # torch's AdamW, and accelerate's DDP, cannot save what has no state
     optimizer = checkpoints.optimizer_for(model, optimizer_name)
     scheduler = LambdaLR(optimizer, lambda step: 1.0 / (1.0 + step))
@@ -156,7 +157,7 @@ def save_and_load_under_tensor_parallelism(folder):
 
     with fsdp_on_cpu():
         accelerator = Accelerator()
-        model = strategies.tensor_parallel(strategies.Model(False))
+        model = strategies.tensor_parallel(Model(False))
         optimizer = checkpoints.optimizer_for(model, "AdaTAMW")
         accelerator._models.append(model)
         optimizer = accelerator.prepare(optimizer)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from hf_tam.integrations.accelerate import last_complete_state
+from hf_tam.integrations.accelerate_checkpoint import last_complete_state
 from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint, require_resumable
 from tests.sharding import checkpoints, trainer_runs
 from tests.sharding import test_accelerator_checkpoints as accelerated

@@ -10,36 +10,34 @@ from tests.sharding.checkpoints import SAVED_AT, STOPPED_AT
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
 
 BF16 = torch.bfloat16
-FSDP1 = ("fsdp1-full_shard-2", "fsdp1-full_shard-4")
-FSDP2 = ("fsdp2-reshard-True-2", "fsdp2-reshard-True-4")
 
 # Who saves (name, ranks, optimizer, options of `build`), and who loads what: (name, ranks, format).
 RUNS = {
-    "fsdp2": (FSDP2[0], 2, "AdaTAMW", {}, [
-        (FSDP2[0], 2, "dcp"), (FSDP2[0], 2, "full"), (FSDP2[0], 2, "ranks"),
-        (FSDP2[1], 4, "dcp"), ("single", 1, "dcp"), ("single", 1, "full"), ("fsdp2-alone", 1, "dcp"),
+    "fsdp2": ("fsdp2", 2, "AdaTAMW", {}, [
+        ("fsdp2", 2, "dcp"), ("fsdp2", 2, "full"), ("fsdp2", 2, "ranks"), ("fsdp2", 4, "dcp"),
+        ("fsdp2", 1, "dcp"), ("single", 1, "dcp"), ("single", 1, "full"),
     ]),
-    "fsdp2-of-4": (FSDP2[1], 4, "AdaTAMW", {"scope": "model"}, [(FSDP2[1], 4, "dcp"), (FSDP2[0], 2, "dcp")]),
-    "single": ("single", 1, "AdaTAMW", {"unused": False}, [(FSDP2[0], 2, "dcp"), ("single", 1, "dcp")]),
-    "fsdp2-bf16": (FSDP2[0], 2, "AdaTAMW", {"dtype": BF16}, [(FSDP2[0], 2, "dcp"), (FSDP2[0], 2, "full")]),
-    "fsdp2-lora": ("fsdp2-lora-4", 4, "AdaTAMW", {"lora": True}, [("fsdp2-lora-4", 4, "dcp")]),
-    "fsdp2-offload-tam": ("fsdp2-offload-2", 2, "TAM", {}, [("fsdp2-offload-2", 2, "dcp")]),
-    "hsdp": ("hsdp-4", 4, "AdaTAM", {}, [("hsdp-4", 4, "dcp")]),
-    "tp": ("tp-2", 2, "AdaTAMW", {}, [("tp-2", 2, "dcp"), ("tp-2", 2, "ranks")]),
-    "fsdp2-tp": ("fsdp2-tp-4", 4, "AdaTAMW", {}, [("fsdp2-tp-4", 4, "dcp")]),
-    "ddp": ("ddp-2", 2, "AdaTAMW", {}, [("ddp-2", 2, "ranks")]),
-    "fsdp1": (FSDP1[0], 2, "AdaTAMW", {}, [
-        (FSDP1[0], 2, "fsdp1-full"), (FSDP1[0], 2, "dcp"), (FSDP1[0], 2, "ranks"),
-        (FSDP2[0], 2, "fsdp1-full"), ("single", 1, "fsdp1-full"),
+    "fsdp2-of-4": ("fsdp2", 4, "AdaTAMW", {"scope": "model"}, [("fsdp2", 4, "dcp"), ("fsdp2", 2, "dcp")]),
+    "single": ("single", 1, "AdaTAMW", {"unused": False}, [("fsdp2", 2, "dcp"), ("single", 1, "dcp")]),
+    "fsdp2-bf16": ("fsdp2", 2, "AdaTAMW", {"dtype": BF16}, [("fsdp2", 2, "dcp"), ("fsdp2", 2, "full")]),
+    "fsdp2-lora": ("fsdp2", 4, "AdaTAMW", {"lora": True}, [("fsdp2", 4, "dcp")]),
+    "fsdp2-offload-tam": ("fsdp2-offload", 2, "TAM", {}, [("fsdp2-offload", 2, "dcp")]),
+    "hsdp": ("hsdp", 4, "AdaTAM", {}, [("hsdp", 4, "dcp")]),
+    "tp": ("tp", 2, "AdaTAMW", {}, [("tp", 2, "dcp"), ("tp", 2, "ranks")]),
+    "fsdp2-tp": ("fsdp2-tp", 4, "AdaTAMW", {}, [("fsdp2-tp", 4, "dcp")]),
+    "ddp": ("ddp", 2, "AdaTAMW", {}, [("ddp", 2, "ranks")]),
+    "fsdp1": ("fsdp1", 2, "AdaTAMW", {}, [
+        ("fsdp1", 2, "fsdp1-full"), ("fsdp1", 2, "dcp"), ("fsdp1", 2, "ranks"),
+        ("fsdp2", 2, "fsdp1-full"), ("single", 1, "fsdp1-full"),
     ]),
-    "fsdp1-of-4": (FSDP1[1], 4, "AdaTAMW", {"scope": "model"}, [(FSDP1[1], 4, "fsdp1-full"), (FSDP1[1], 4, "dcp")]),
-    "fsdp1-bf16-tam": (FSDP1[0], 2, "TAM", {"dtype": BF16}, [(FSDP1[0], 2, "fsdp1-full"), (FSDP1[0], 2, "dcp")]),
-    "fsdp2-adamw": (FSDP2[0], 2, "AdamW", {"unused": False}, [(FSDP2[0], 2, "dcp"), (FSDP2[0], 2, "full")]),
-    "fsdp2-sgd": (FSDP2[0], 2, "SGD", {"unused": False}, [(FSDP2[0], 2, "dcp"), (FSDP2[0], 2, "full")]),
-    "fsdp1-adamw": (FSDP1[1], 4, "AdamW", {}, [(FSDP1[1], 4, "fsdp1-full"), (FSDP1[1], 4, "dcp")]),
+    "fsdp1-of-4": ("fsdp1", 4, "AdaTAMW", {"scope": "model"}, [("fsdp1", 4, "fsdp1-full"), ("fsdp1", 4, "dcp")]),
+    "fsdp1-bf16-tam": ("fsdp1", 2, "TAM", {"dtype": BF16}, [("fsdp1", 2, "fsdp1-full"), ("fsdp1", 2, "dcp")]),
+    "fsdp2-adamw": ("fsdp2", 2, "AdamW", {"unused": False}, [("fsdp2", 2, "dcp"), ("fsdp2", 2, "full")]),
+    "fsdp2-sgd": ("fsdp2", 2, "SGD", {"unused": False}, [("fsdp2", 2, "dcp"), ("fsdp2", 2, "full")]),
+    "fsdp1-adamw": ("fsdp1", 4, "AdamW", {}, [("fsdp1", 4, "fsdp1-full"), ("fsdp1", 4, "dcp")]),
 }  # fmt: skip
 CASES = [
-    pytest.param(run, *resumed, id=f"{run}-to-{resumed[0]}-{resumed[2]}")
+    pytest.param(run, *resumed, id=f"{run}-to-{resumed[0]}-{resumed[1]}-{resumed[2]}")
     for run, (_, _, optimizer_name, _, resumes) in RUNS.items()
     for resumed in resumes
     if optimizer_name in ("AdaTAMW", "AdaTAM", "TAM")

@@ -43,9 +43,9 @@ def train_until(number, name):
 @pytest.mark.parametrize(
     ("name", "number", "at_least"),
     [
-        ("fsdp1-full_shard-2", signal.SIGKILL, 0.0),
-        ("fsdp2-reshard-True-2", signal.SIGKILL, 0.0),
-        ("fsdp2-reshard-True-2", signal.SIGSTOP, TIMEOUT_S - 1),  # a closed connection is noticed at once, this is not
+        ("fsdp1", signal.SIGKILL, 0.0),
+        ("fsdp2", signal.SIGKILL, 0.0),
+        ("fsdp2", signal.SIGSTOP, TIMEOUT_S - 1),  # a closed connection is noticed at once, this is not
     ],
 )
 def test_the_others_end_with_an_error(tmp_path, name, number, at_least):
