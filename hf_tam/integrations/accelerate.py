@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 from hf_tam.integrations.accelerate_checkpoint import checking_files, exactly_loading, marking_complete
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap, refuse_split_model_scope
+from hf_tam.integrations.wrapped import find_ours
 
 TESTED_RANGE = ">=1.12,<2"
 
@@ -52,12 +53,13 @@ def register(module: ModuleType) -> None:
 def _attaching(prepare: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(prepare)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(True for item in args for _ in _ours(item)):
+        if any(find_ours(item) is not None for item in args):
             refuse_strategy(self)
         prepared = prepare(self, *args, **kwargs)
         # a tuple, but under FSDP2 and tensor parallelism a list (accelerate 1.15)
         for item in prepared if isinstance(prepared, (tuple, list)) else (prepared,):
-            for optimizer in _ours(item):
+            optimizer = find_ours(item)
+            if optimizer is not None:
                 _attach(optimizer, self._models)
                 refuse_split_model_scope(getattr(item, "optimizer", None), optimizer)
         return prepared
@@ -81,17 +83,6 @@ def refuse_strategy(accelerator: Any) -> None:
             "or DeepSpeed ZeRO, or another optimizer."
         )
     refuse_optimizer_swap(getattr(accelerator.state, "deepspeed_plugin", None))
-
-
-def _ours(item: Any) -> Iterator[Any]:
-    """The optimizer of ours in `item`, if there is one: accelerate wraps it once, DeepSpeed once more."""
-    from hf_tam.torque_aware import TorqueAware
-
-    for _ in range(3):
-        if isinstance(item, TorqueAware):
-            yield item
-            return
-        item = getattr(item, "optimizer", None)
 
 
 def _attach(optimizer: Any, models: list[Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_tam.integrations import deepspeed_checkpoint
 from hf_tam.integrations.checkpoint_files import (
     COMPLETE_FILE,
     first_deviation,
@@ -20,6 +21,7 @@ from hf_tam.integrations.checkpoint_files import (
     mark_incomplete,
     read_metadata,
 )
+from hf_tam.integrations.wrapped import find_ours
 
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware
@@ -71,7 +73,7 @@ def checking_files(load_state: Callable[..., Any]) -> Callable[..., Any]:
             _refuse_one_ranks_shards(self, ours)
             folder = _folder_to_load(self, input_dir)
             if folder is not None and folder.is_dir():  # otherwise accelerate says what is wrong
-                _require_unharmed(folder)
+                _require_unharmed(self, folder)
         return load_state(self, input_dir, *args, **kwargs)
 
     return wrapped
@@ -92,10 +94,7 @@ def _folder_to_load(accelerator: Any, input_dir: str | None) -> Path | None:
 
 
 def _our_optimizers(accelerator: Any) -> list[TorqueAware]:
-    from hf_tam.torque_aware import TorqueAware
-
-    optimizers = [getattr(item, "optimizer", item) for item in accelerator._optimizers]
-    return [optimizer for optimizer in optimizers if isinstance(optimizer, TorqueAware)]
+    return [found for item in accelerator._optimizers if (found := find_ours(item)) is not None]
 
 
 def _refuse_one_ranks_shards(accelerator: Any, optimizers: list[TorqueAware]) -> None:
@@ -111,13 +110,17 @@ def _refuse_one_ranks_shards(accelerator: Any, optimizers: list[TorqueAware]) ->
         )
 
 
-def _require_unharmed(folder: Path) -> None:
+def _require_unharmed(accelerator: Any, folder: Path) -> None:
     harm = first_harm(folder) or first_deviation(folder)
+    if harm is not None:
+        harm = f"{harm}. This checkpoint was not written to its end, or was damaged since"
+    elif accelerator.distributed_type.value == "DEEPSPEED":
+        harm = deepspeed_checkpoint.first_harm(folder, world_size=accelerator.num_processes)
     if harm is None:
         return
     earlier = last_complete_state(folder.parent)
     remedy = "There is no other complete one beside it." if earlier is None else f"Load {earlier} instead."
-    raise ValueError(f"{harm}. This checkpoint was not written to its end, or was damaged since. {remedy}")
+    raise ValueError(f"{harm}. {remedy}")
 
 
 def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,14 +136,12 @@ def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., An
         optimizer_index: int = 0,
         **kwargs: Any,
     ) -> Any:
-        from hf_tam.torque_aware import TorqueAware
-
         load = functools.partial(
             load_fsdp_optimizer, fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, **kwargs
         )
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = find_ours(optimizer)
         shards = Path(input_dir) / f"optimizer_{optimizer_index}"
-        if not isinstance(inner, TorqueAware) or not shards.is_dir():
+        if inner is None or not shards.is_dir():
             return load()
         if fsdp_plugin.fsdp_version == 1:
             _make_states(inner)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_tam.integrations import deepspeed_checkpoint
+
 STATE_FILE = "trainer_state.json"
 """The last file that the Trainer writes."""
 COMPLETE_FILE = "complete.json"
@@ -126,6 +128,8 @@ def _known_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and _SHARDED_FOLDER.fullmatch(path.name):
             yield from sorted(path.iterdir())
+        elif path.is_dir():
+            yield from deepspeed_checkpoint.shards_in(path)
         elif _TORCH_SAVED.fullmatch(path.name) or _SAFETENSORS.fullmatch(path.name):
             yield path
 

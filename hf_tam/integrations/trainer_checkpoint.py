@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from hf_tam.integrations import deepspeed_checkpoint
 from hf_tam.integrations.checkpoint_files import STATE_FILE, first_harm, is_readable_json
 
 # Names that the Trainer and accelerate give their files.
@@ -88,13 +89,16 @@ def refuse_other_optimizer(checkpoint: str | Path, optim: str) -> None:
         )
 
 
-def require_resumable(checkpoint: str | Path, *, strategy: Strategy, weights_only_wanted: bool) -> None:
+def require_resumable(
+    checkpoint: str | Path, *, strategy: Strategy, weights_only_wanted: bool, world_size: int = 1
+) -> None:
     """Refuse a checkpoint that would resume another run than the one that was saved.
 
     Args:
         checkpoint: A `checkpoint-STEP` folder.
         strategy: Who loads the optimizer: the Trainer, from one file; or FSDP or DeepSpeed, from files of their own.
         weights_only_wanted: Whether a checkpoint without an optimizer is accepted (the run has `save_only_model`).
+        world_size: How many processes resume.
 
     Raises:
         ValueError: Naming the file that is missing, cut off or changed, and what to do.
@@ -115,7 +119,11 @@ def require_resumable(checkpoint: str | Path, *, strategy: Strategy, weights_onl
         raise ValueError(
             f"{folder / _MODELS[strategy]} is missing, and with it the model. {_earlier_checkpoint(folder)}"
         )
-    if strategy != "deepspeed":
+    if strategy == "deepspeed":
+        harm = deepspeed_checkpoint.first_harm(folder, world_size=world_size)
+        if harm is not None:
+            raise ValueError(f"{harm}. {_earlier_checkpoint(folder)}")
+    else:
         _require_unharmed(folder)
 
 

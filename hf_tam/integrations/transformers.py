@@ -22,6 +22,7 @@ from hf_tam.integrations.checkpoint_files import invalidate
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
+from hf_tam.integrations.wrapped import find_ours
 
 OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
@@ -172,8 +173,7 @@ def _uses_ours(trainer: Any) -> bool:
     from hf_tam.torque_aware import TorqueAware
 
     if trainer.optimizer is not None:
-        # accelerate wraps it: AcceleratedOptimizer.optimizer
-        return isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), TorqueAware)
+        return find_ours(trainer.optimizer) is not None
     if trainer.optimizer_cls_and_kwargs is not None:
         optimizer_class = trainer.optimizer_cls_and_kwargs[0]
         return isinstance(optimizer_class, type) and issubclass(optimizer_class, TorqueAware)
@@ -181,8 +181,8 @@ def _uses_ours(trainer: Any) -> bool:
 
 
 def _attach(trainer: Any, model: Any = None) -> None:
-    if _uses_ours(trainer):
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = find_ours(trainer.optimizer)
+    if optimizer is not None:
         optimizer.attach(trainer.model if model is None else model)
 
 
@@ -199,7 +199,12 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
     if checkpoint is None:  # the Trainer says that there is none
         return
     if ours:
-        require_resumable(checkpoint, strategy=_strategy(trainer), weights_only_wanted=args.save_only_model)
+        require_resumable(
+            checkpoint,
+            strategy=_strategy(trainer),
+            weights_only_wanted=args.save_only_model,
+            world_size=args.world_size,
+        )
     else:
         refuse_other_optimizer(checkpoint, str.__str__(args.optim))
 

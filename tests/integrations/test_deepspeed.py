@@ -9,6 +9,8 @@ from transformers import TrainingArguments
 
 import hf_tam
 from hf_tam.integrations.deepspeed import refuse_split_model_scope, refuse_swap_in_config
+from hf_tam.integrations.deepspeed_checkpoint import first_harm, shards_in
+from hf_tam.integrations.trainer_checkpoint import require_resumable
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 
@@ -114,3 +116,50 @@ def test_scope_model_is_refused_before_training_where_it_would_be_split():
             refuse_split_model_scope(SimpleNamespace(**parts), optimizer)
     other = hf_tam.AdaTAMW([torch.nn.Parameter(torch.zeros(2))])
     refuse_split_model_scope(SimpleNamespace(bit16_groups=[[1], [2]]), other)
+
+
+def shards(folder, ranks, *, tag="global_step4", prefix="zero_pp_rank_"):
+    (folder / tag).mkdir(parents=True)
+    (folder / "latest").write_text(tag)
+    for rank in ranks:
+        torch.save({"rank": rank}, folder / tag / f"{prefix}{rank}_mp_rank_00_optim_states.pt")
+    torch.save({}, folder / tag / "mp_rank_00_model_states.pt")
+    return folder
+
+
+class TestShards:
+    @pytest.mark.parametrize("prefix", ["zero_pp_rank_", "bf16_zero_pp_rank_"])
+    def test_all_there(self, tmp_path, prefix):
+        folder = shards(tmp_path, [0, 1], prefix=prefix)
+        assert first_harm(folder, world_size=2) is None
+        assert len(shards_in(folder / "global_step4")) == 3
+
+    def test_one_missing_is_named(self, tmp_path):
+        harm = first_harm(shards(tmp_path, [0, 2]), world_size=3)
+        assert harm == f"{tmp_path}/global_step4/zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"
+
+    def test_another_number_of_processes(self, tmp_path):
+        harm = first_harm(shards(tmp_path, [0, 1]), world_size=4)
+        assert "has the optimizer shards of 2 process(es), and 4 are to load them" in harm
+        assert "ds_to_universal" in harm
+        (tmp_path / "latest_universal").write_text("universal")
+        assert first_harm(tmp_path, world_size=4) is None
+
+    @pytest.mark.parametrize("name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
+    def test_one_cut_off_is_named(self, tmp_path, name):
+        path = shards(tmp_path, [0, 1]) / "global_step4" / name
+        path.write_bytes(path.read_bytes()[:-20])
+        assert first_harm(tmp_path, world_size=2) == f"{path} is cut off or not a torch.save file"
+
+    def test_nothing_there(self, tmp_path):
+        assert "has no optimizer shards of DeepSpeed's" in first_harm(tmp_path, world_size=1)
+        folder = shards(tmp_path, [0])
+        (folder / "latest").unlink()
+        assert first_harm(folder, world_size=1) == f"{tmp_path}/latest is missing"
+
+    def test_the_trainer_refuses_them_before_training(self, tmp_path):
+        folder = shards(tmp_path / "checkpoint-4", [0, 1])
+        (folder / "trainer_state.json").write_text("{}")
+        require_resumable(folder, strategy="deepspeed", weights_only_wanted=False, world_size=2)
+        with pytest.raises(ValueError, match=r"shards of 2 process\(es\), and 3 are to load.*no other complete"):
+            require_resumable(folder, strategy="deepspeed", weights_only_wanted=False, world_size=3)

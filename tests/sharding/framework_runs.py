@@ -260,3 +260,59 @@ def accelerator_twin(optim, scope, lora):
     optimizer.attach(model)
     loop(model, optimizer)
     return outcome(optimizer, model)
+
+
+SAVED_AT = 12
+
+
+def trainer_with_deepspeed(output, name, resume):
+    """Train, from the start or from the checkpoint in `output`; the final states as this rank holds them."""
+    way = WAYS[name]
+    options = {**OPTIONS, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": SAVED_AT}
+    with strategy(way):
+        trainer = make_trainer(output, model=model_of(True), **options, **trainer_options(way))
+        trainer.train(resume_from_checkpoint=os.path.join(output, f"checkpoint-{SAVED_AT}") if resume else None)
+        return states(unwrapped_twice(trainer.optimizer), trainer.model_wrapped)
+
+
+def accelerator_with_deepspeed(output, name, resume):
+    """As `trainer_with_deepspeed`, by save_state and load_state."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    way = WAYS[name]
+    with strategy(way):
+        config = deepspeed_config(way) | {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
+        config["gradient_accumulation_steps"] = 1
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        model = model_of(True)
+        model, optimizer = accelerator.prepare(model, loop_optimizer(model, "adatamw", "model"))
+        if resume:
+            accelerator.load_state(os.path.join(output, "state"))
+        for step in range(SAVED_AT if resume else 0, STEPS):
+            if step == SAVED_AT and not resume:
+                accelerator.save_state(os.path.join(output, "state"))
+            batch = TokenRows(32).rows[step : step + 2]
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return states(unwrapped_twice(optimizer), model)
+
+
+def states(optimizer, model):
+    """Parameters, and every state of every buffer, as lists."""
+    held = {
+        f"{number}.{key}": value.tolist()
+        for number, (buffer, _) in enumerate(optimizer._logical.buffers())
+        for key, value in optimizer.state[buffer].items()
+    }
+    return held | {name: value.tolist() for name, value in whole_parameters(model).items()}
+
+
+def load_damaged(output, name):
+    """What `load_state` says to a checkpoint that has lost a shard."""
+    try:
+        accelerator_with_deepspeed(output, name, True)
+    except ValueError as error:
+        return str(error)
+    return "no error"

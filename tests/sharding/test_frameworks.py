@@ -57,3 +57,23 @@ def test_the_numbers_are_those_of_one_process(worlds, saved_model, framework, na
         for parameter, values in expected["parameters"].items():
             actual, whole = torch.tensor(result["parameters"][parameter]), torch.tensor(values)
             assert (actual.reshape(-1) - whole.reshape(-1)).abs().max() <= PARAMETERS * whole.abs().max(), parameter
+
+
+@pytest.mark.parametrize("run", [runs.trainer_with_deepspeed, runs.accelerator_with_deepspeed])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_is_resumed_bit_for_bit(worlds, tmp_path, run, name):
+    pytest.importorskip("deepspeed")
+    saved = worlds(2).run(run, str(tmp_path), name, False)
+    resumed = worlds(2, "resumed").run(run, str(tmp_path), name, True)
+    for expected, actual in zip(saved, resumed, strict=True):
+        assert any("torque" in key for key in expected)
+        assert actual == expected
+
+
+def test_a_lost_shard_is_named(worlds, tmp_path):
+    pytest.importorskip("deepspeed")
+    worlds(2).run(runs.accelerator_with_deepspeed, str(tmp_path), "zero2", False)
+    (lost,) = (tmp_path / "state").glob("*/*zero_pp_rank_1*optim_states.pt")
+    lost.unlink()
+    for message in worlds(2, "resumed").run(runs.load_damaged, str(tmp_path), "zero2"):
+        assert message.startswith(f"{lost} is missing. This checkpoint was not written to its end")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.sharding import strategies
+from tests.sharding import strategies, zero_engine
 from tests.sharding.processes import World
 from tests.sharding.trained import Model, batches_of_steps
 
@@ -131,3 +131,95 @@ def test_universal_checkpoint_with_another_number_of_ranks(
         for key, value in final.items():
             # the same state, stepped with sums of gradients in another order
             torch.testing.assert_close(resumed_final[key], value, rtol=1e-4, atol=1e-6, equal_nan=True, msg=key)
+
+
+def save_adamw(name, folder):
+    """A run of torch's own AdamW; its state as this rank holds it."""
+    model = Model(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    trained = zero_engine.with_engine(model, optimizer, int(name[4]))
+    train(trained, range(SAVED_AFTER))
+    trained.engine.save_checkpoint(folder, tag="step")
+    return [optimizer.state[buffer]["exp_avg"].clone() for buffer in trained.stepped()]
+
+
+def load_adamw(name, folder):
+    trained = start(name)
+    trained.engine.load_checkpoint(folder, tag="step")
+    moments = [trained.optimizer.state[buffer]["exp_avg"].clone() for buffer in trained.stepped()]
+    torque = trained.optimizer.torque_stats()["torque"]
+    train(trained, [SAVED_AFTER])
+    states = [trained.optimizer.state[buffer] for buffer in trained.stepped()]
+    steps = {step for state in states for step in state["step"].tolist()}
+    return moments, torque, steps, float(states[0]["exp_avg_scale"].min())
+
+
+@pytest.mark.parametrize("name", ["zero1-2", "zero2-2", "zero3-2"])
+def test_a_checkpoint_of_adamw_is_taken_over(worlds, fresh_worlds, tmp_path, name):
+    saved = worlds(2).run(save_adamw, name, str(tmp_path))
+    loaded = fresh_worlds[2].run(load_adamw, name, str(tmp_path))
+    for expected, (moments, torque, steps, scale) in zip(saved, loaded, strict=True):
+        assert all(torch.equal(moment, saved_moment) for moment, saved_moment in zip(moments, expected, strict=True))
+        assert not torque.any()
+        assert steps == {SAVED_AFTER + 1.0}
+        assert scale > 0.9  # AdamW's moment has the scale 1: one step with another angle takes little from it
+
+
+def resume_message(name, folder):
+    try:
+        resume_and_go_on(name, folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_another_number_of_ranks_without_conversion_is_an_error(worlds, fresh_worlds, tmp_path, stage):
+    """DeepSpeed's own, before anything is trained."""
+    worlds(2).run(save_and_go_on, f"zero{stage}-2", str(tmp_path))
+    for message in fresh_worlds[4].run(resume_message, f"zero{stage}-4", str(tmp_path)):
+        assert "DP world size of 2 but the current world size is 4" in message
+
+
+def resume_with_a_frozen_tensor(name, folder):
+    sharding = strategies.SHARDINGS[name]
+    model = Model(False)
+    model.register_parameter("one_more", torch.nn.Parameter(torch.ones(2)))
+    trained = sharding.start(model, "AdaTAMW", {}, 1)
+    table = {key: torch.zeros(3) for key in trained.optimizer.scalar_states}
+    trained.optimizer.param_groups[0]["logical_tensors"] = table
+    for buffer in trained.stepped():
+        trained.optimizer.state[buffer] = {"step": torch.tensor(3.0)}
+        trained.optimizer.state[buffer] |= {key: torch.zeros_like(buffer) for key in trained.optimizer.moments}
+    try:
+        train(trained, [0])
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_table_of_other_tensors_is_an_error(worlds):
+    for message in worlds(2).run(resume_with_a_frozen_tensor, "zero2-2", ""):
+        assert "is of 3 parameter tensors, and at least 12 are trained here" in message
+
+
+def nan_on_one_rank(name):
+    trained = start(name)
+    train(trained, range(2))
+    before = everything(trained)
+    batch = batches_of_steps()[2]
+    if torch.distributed.get_rank() == 1:
+        batch = batch.clone()
+        batch[0, 0, 0] = float("nan")
+    trained.step(batch, 2, use=0)
+    after = everything(trained)
+    train(trained, [3])
+    return before, after, everything(trained)
+
+
+@pytest.mark.parametrize("name", ["zero2-2", "zero3-2"])
+def test_a_nan_on_one_rank_changes_nothing_on_any(worlds, name):
+    for before, after, later in worlds(2).run(nan_on_one_rank, name):
+        assert_equal(after, before)
+        assert all(bool(value.nan_to_num(0.0).isfinite().all()) for value in later.values())
+        assert not torch.equal(later["up.weight"], before["up.weight"])

@@ -38,13 +38,18 @@ def configuration(stage, *, dtype=torch.float32, grad_accum_dtype=None, load_uni
 def starting(stage, **options):
     def start(model, name, optimizer_options, num_groups, **more):
         optimizer = make_optimizer(name, model, optimizer_options, num_groups=num_groups)
-        config = configuration(stage, **options, **more)
-        engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
-        assert engine.zero_optimization_stage() == stage
-        assert engine.optimizer.optimizer is optimizer
-        return TrainedByDeepSpeed(model, optimizer, engine, dtype=options.get("dtype", torch.float32))
+        return with_engine(model, optimizer, stage, **options, **more)
 
     return start
+
+
+def with_engine(model, optimizer, stage, **options):
+    """A model and its optimizer, whichever it is, under DeepSpeed."""
+    config = configuration(stage, **options)
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
+    assert engine.zero_optimization_stage() == stage
+    assert engine.optimizer.optimizer is optimizer
+    return TrainedByDeepSpeed(model, optimizer, engine, dtype=options.get("dtype", torch.float32))
 
 
 class TrainedByDeepSpeed(Trained):
