@@ -49,7 +49,7 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
         )
     states = {}
     # Under ZeRO a buffer has no name of its own.
-    names = repeat(None) if optimizer._logical.is_partitioned() else iter(optimizer._names())
+    names = repeat(None) if optimizer._logical.is_partitioned(optimizer.param_groups) else iter(optimizer._names())
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         _refuse_variants(saved)
         _require_family(optimizer, saved)

@@ -69,14 +69,14 @@ class LogicalTensors:
         if module is not None:  # FSDP2 puts other parameters in the module's place
             self._owned.add_named(_named_parameters(module))
         reducer = select_reducer(params, self._owned, names=self.names(groups), module=module)
-        if not self.is_partitioned():
+        if not self.is_partitioned(groups):
             self._selected.clear()
         self._selected[key] = _Selected(reducer, [weakref.ref(param) for param in params])
         return reducer
 
     def names(self, groups: Sequence[dict[str, Any]]) -> list[str | None]:
         """The names of the logical tensors, in order; None where unknown."""
-        if self.is_partitioned():
+        if self.is_partitioned(groups):
             return [None if param is None else self._owned.name(param) for param in self._owned.in_order()]
         names: list[str | None] = []
         for group in groups:
@@ -95,9 +95,11 @@ class LogicalTensors:
                 if buffer is not None and spans is not None:
                     yield buffer, [span.position for span in spans]
 
-    def is_partitioned(self) -> bool:
-        """Whether DeepSpeed ZeRO has taken the parameters over."""
-        return is_partitioned(self._owned.in_order())
+    def is_partitioned(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether DeepSpeed ZeRO has taken the parameters over, and put its buffers into `groups` in their place."""
+        return is_partitioned(self._owned.in_order()) and not any(
+            param in self._owned for group in groups for param in group["params"]
+        )
 
 
 def _named_parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class TorqueAware(Optimizer, ABC):
 
     def _torques(self) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The torque states that there are, each 1-D, with the positions of their logical tensors; the last counts."""
-        if not self._logical.is_partitioned():
+        if not self._logical.is_partitioned(self.param_groups):
             for index, param in enumerate(self._params()):
                 if param in self.state and "torque" in self.state[param]:
                     yield [index], self.state[param]["torque"].reshape(1)
@@ -353,7 +353,7 @@ class TorqueAware(Optimizer, ABC):
         """
         self._telemetry.read_skipped()
         packed = super().state_dict()
-        if self._logical.is_partitioned():
+        if self._logical.is_partitioned(self.param_groups):
             stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
             buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
             return packed

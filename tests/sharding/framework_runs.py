@@ -75,7 +75,7 @@ def model_of(lora, folder=None, way=None):
 
 def kind_of(optimizer, way):
     if way.stage:
-        return "flat" if optimizer._logical.is_partitioned() else "Parameter"
+        return "flat" if optimizer._logical.is_partitioned(optimizer.param_groups) else "Parameter"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "DTensor"

@@ -100,3 +100,15 @@ def test_a_rank_without_the_rest_of_a_buffer_is_refused():
     _require_cover(0, whole, [_Fragment(0, 2, 0, 4, True), _Fragment(0, 0, 9, 2, True)])
     with pytest.raises(RuntimeError, match=r"does not hold parameter 0 .*round_robin_gradients"):
         _require_values(0, whole, [_Fragment(0, 0, 0, 6, False)])
+
+
+def test_parameters_that_deepspeed_has_given_back_are_whole():
+    """What an engine that is gone has left on the parameters does not make them parts."""
+    module = model()
+    for parameter in module.parameters():
+        parameter._hp_mapping = None
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.1)
+    step_once(optimizer, module)
+    step_once(optimizer, module)
+    assert optimizer.torque_stats()["torque"].any()
+    assert "torque" in optimizer.state_dict()["state"][0]
