@@ -36,6 +36,25 @@ class ModelArguments:
 
 
 @dataclass
+class SftModelArguments(ModelArguments):
+    """A causal language model, which several processes may share."""
+
+    tp_size: int | None = field(
+        default=None,
+        metadata={"help": "Cut the model over this many processes, which must be all. Default: as accelerate says."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        if self.tp_size is not None and self.tp_size < 1:
+            raise ValueError(f"tp_size = {self.tp_size}: must be at least 1.")
+
+
+@dataclass
 class LoraArguments:
     """What is trained: an adapter, or with `full` the whole model."""
 

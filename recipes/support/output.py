@@ -4,10 +4,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import nn
 
 from recipes.support.checkpoints import list_checkpoints
 from recipes.support.errors import RecipeError
+from recipes.support.models import parameter_size
 
 METRICS_NAME = "metrics.jsonl"
 RESULTS_NAME = "results.json"
@@ -23,6 +25,8 @@ def check_output_directory(output_dir: Path, *, overwrite: bool, resuming: bool)
 
     Creates and changes nothing that stays.
 
+    Communication: a barrier, with several processes.
+
     Raises:
         RecipeError: naming the directory and the flag that helps.
     """
@@ -34,6 +38,8 @@ def check_output_directory(output_dir: Path, *, overwrite: bool, resuming: bool)
             f"output_dir {output_dir} is not empty: give another one, --overwrite to replace the run in it,"
             " or --resume_from_checkpoint true to continue that run."
         )
+    # No process may write before the slowest has looked, or it would find the directory in use.
+    PartialState().wait_for_everyone()
 
 
 def check_writable(output_dir: Path) -> None:
@@ -58,8 +64,9 @@ def check_disk_space(output_dir: Path, model: nn.Module, *, full: bool) -> None:
         RecipeError: with the space needed and the space free.
     """
     saved = [parameter for parameter in model.parameters() if full or parameter.requires_grad]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
-    moments = sum(parameter.numel() for parameter in saved if parameter.requires_grad) * _OPTIMIZER_BYTES_PER_PARAMETER
+    weights = sum(parameter_size(parameter) * parameter.element_size() for parameter in saved)
+    trained = sum(parameter_size(parameter) for parameter in saved if parameter.requires_grad)
+    moments = trained * _OPTIMIZER_BYTES_PER_PARAMETER
     needed = _CHECKPOINTS_THAT_MUST_FIT * (weights + moments)
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -1,6 +1,5 @@
 """One way to run a Trainer: resumable, interruptible, and clear when the disk fills up."""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +9,13 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from recipes.support import reporting
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
 from recipes.support.errors import RecipeError
-from recipes.support.interruption import InterruptionCallback
+from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop
 from recipes.support.output import METRICS_NAME, check_output_directory, check_writable, remove_earlier_run
+from recipes.support.parallel import describe_strategy
 from recipes.support.reporting import MetricsFileCallback
 
 
@@ -26,11 +27,8 @@ def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
     Raises:
         RecipeError: the run cannot start, and why.
     """
-    resuming = wants_resume(training)
+    resuming = wants_resume(training.resume_from_checkpoint)
     check_output_directory(Path(training.output_dir), overwrite=run.overwrite, resuming=resuming)
-    if training.world_size > 1:
-        # No process may write before the slowest has looked, or it would find the directory in use.
-        training.distributed_state.wait_for_everyone()
     return checkpoint_to_resume(training)
 
 
@@ -43,8 +41,8 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
             finished run goes on.
     """
     output_dir = Path(trainer.args.output_dir)
-    interruption = InterruptionCallback()
-    for callback in (interruption, MetricsFileCallback(metrics_path(run, output_dir))):
+    interruption = Interruption()
+    for callback in (InterruptionCallback(interruption), MetricsFileCallback(metrics_path(run, output_dir))):
         trainer.add_callback(callback)
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
@@ -63,6 +61,29 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
 def metrics_path(run: RunArguments, output_dir: Path) -> Path:
     """Where the metrics of this run are logged."""
     return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
+
+
+def save_model(trainer: Trainer) -> None:
+    """Save the adapter or the whole model to output_dir.
+
+    Communication: under FSDP and ZeRO-3 every process takes part, to bring the pieces together.
+    """
+    if trainer.is_fsdp_enabled:
+        # Checkpoints stay in pieces; of the result the Trainer would then write nothing at all.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
+def describe_run(trainer: Trainer, sizes: tuple[int, int], *, seconds: float) -> dict[str, Any]:
+    """Return what was trained, how and by which optimizer; see `reporting.describe_run`."""
+    return reporting.describe_run(
+        trainer.optimizer,
+        sizes,
+        strategy=describe_strategy(trainer.accelerator),
+        num_records=len(trainer.train_dataset),
+        num_steps=trainer.state.global_step,
+        seconds=seconds,
+    )
 
 
 @contextmanager
@@ -87,10 +108,11 @@ def naming_a_full_disk(output_dir: Path) -> Iterator[None]:
 def _leave(number: int, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        print(
-            f"{signal.Signals(number).name}: stopped after step {trainer.state.global_step} of"
-            f" {trainer.state.max_steps}; checkpoint written: {folder}\n"
-            "To continue, run the same command with --resume_from_checkpoint true",
-            file=sys.stderr,
+        announce_stop(
+            number,
+            folder,
+            num_steps=trainer.state.global_step,
+            of=trainer.state.max_steps,
+            resumable=not trainer.args.save_only_model,
         )
     sys.exit(128 + number)
