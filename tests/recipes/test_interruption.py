@@ -99,7 +99,7 @@ def test_run_stopped_by_sigterm_continues_bit_for_bit(uninterrupted, tiny_model,
 
 
 def test_ctrl_c_before_training_is_one_line(sft, monkeypatch):
-    def interrupt_loading(*arguments):
+    def interrupt_loading(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("recipes.support.sft_data.load_splits", interrupt_loading)
