@@ -32,7 +32,7 @@ from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.metrics import load_metrics
-from recipes.support.output import RESULTS_NAME, check_disk_space
+from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
 
 DEMO_CONFIG = CONFIGS / "demo" / "classify.yaml"
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= evaluate_test(trainer, encoded)
-    with training.naming_a_full_disk(output_dir):
+    with naming_a_full_disk(output_dir):
         training.save_model(trainer)
         if trainer.is_world_process_zero():
             report(trainer, sizes, metrics, (run, model_arguments, data, lora, arguments), started=started)

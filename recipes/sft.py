@@ -25,7 +25,7 @@ from recipes.support.arguments import DEMO, LoraArguments, RunArguments, SftData
 from recipes.support.checkpoints import wants_resume
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
 from recipes.support.errors import exit_with_one_line
-from recipes.support.output import check_disk_space
+from recipes.support.output import check_disk_space, naming_a_full_disk
 
 DEMO_CONFIG = CONFIGS / "demo" / "sft-lora.yaml"
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= last_evaluation(trainer)
     samples["after"] = generation.complete(trainer.model, tokenizer, prompts)
-    with training.naming_a_full_disk(output_dir):
+    with naming_a_full_disk(output_dir):
         training.save_model(trainer)
         if trainer.is_world_process_zero():
             facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)

@@ -51,17 +51,15 @@ class Interruption:
         self.restore_handlers()
 
 
-def announce_stop(number: int, folder: Path, *, num_steps: int, of: int, resumable: bool) -> None:
-    """Say on the terminal's error stream where a run stopped and how it goes on."""
-    hint = (
-        "To continue, run the same command with --resume_from_checkpoint true"
-        if resumable
-        else "It holds the model without its optimizer."
-    )
-    print(
-        f"{signal.Signals(number).name}: stopped after step {num_steps} of {of}; checkpoint written: {folder}\n{hint}",
-        file=sys.stderr,
-    )
+def announce_stop(number: int, *, num_steps: int, of: int, outcome: str) -> None:
+    """Say on the terminal's error stream that a signal stopped the run, and what is left of it."""
+    print(f"{signal.Signals(number).name}: stopped after step {num_steps} of {of}; {outcome}", file=sys.stderr)
+
+
+def checkpoint_written(folder: Path, *, resumable: bool = True) -> str:
+    """Word the outcome of a stop that wrote a checkpoint, for `announce_stop`."""
+    continuing = "To continue, run the same command with --resume_from_checkpoint true"
+    return f"checkpoint written: {folder}\n{continuing if resumable else 'It holds the model without its optimizer.'}"
 
 
 class InterruptionCallback(TrainerCallback):

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_tam.integrations.peft import find_wrapped_adapters
 from recipes.support.arguments import LoraArguments, ModelArguments
 from recipes.support.errors import RecipeError
 
@@ -74,6 +76,7 @@ def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType
     """
     if arguments.full:
         return model
+    find_wrapped_adapters()
     targets = arguments.lora_target_modules
     config = LoraConfig(
         r=arguments.lora_r,
@@ -86,6 +89,19 @@ def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType
         return get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"lora_target_modules = {' '.join(targets)}: {' '.join(str(error).split())}") from error
+
+
+def require_weights(folder: Path) -> None:
+    """Check, where an adapter was saved to `folder`, that it is not empty.
+
+    Raises:
+        RecipeError: the file holds no weights.
+    """
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            if not list(file.keys()):
+                raise RecipeError(f"{path} was saved without any weights: take those of the last checkpoint.")
 
 
 def parameter_size(parameter: torch.Tensor) -> int:

@@ -2,11 +2,15 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from torch import nn
 
+from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import list_checkpoints
 from recipes.support.errors import RecipeError
 from recipes.support.models import parameter_size
@@ -83,3 +87,33 @@ def remove_earlier_run(output_dir: Path) -> None:
         shutil.rmtree(checkpoint)
     for name in (METRICS_NAME, RESULTS_NAME):
         (output_dir / name).unlink(missing_ok=True)
+
+
+def metrics_path(run: RunArguments, output_dir: Path) -> Path:
+    """Where the metrics of this run are logged."""
+    return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
+
+
+@contextmanager
+def naming_a_full_disk(
+    output_dir: Path, find_newest: Callable[[Path], Path | None] = last_complete_checkpoint
+) -> Iterator[None]:
+    """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
+
+    Args:
+        output_dir: of the run.
+        find_newest: returns the newest complete checkpoint in a directory, or None; by default the Trainer's.
+
+    Raises:
+        RecipeError: something failed, and nothing can be written to `output_dir` any more.
+    """
+    try:
+        yield
+    except Exception as error:
+        try:
+            check_writable(output_dir)
+        except RecipeError as cause:
+            complete = find_newest(output_dir)
+            remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
+            raise RecipeError(f"{cause} The run stopped: {remedy}.") from error
+        raise

@@ -1,20 +1,17 @@
 """One way to run a Trainer: resumable, interruptible, and clear when the disk fills up."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
 from recipes.support import reporting
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
-from recipes.support.errors import RecipeError
-from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop
-from recipes.support.output import METRICS_NAME, check_output_directory, check_writable, remove_earlier_run
+from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop, checkpoint_written
+from recipes.support.models import require_weights
+from recipes.support.output import check_output_directory, metrics_path, naming_a_full_disk, remove_earlier_run
 from recipes.support.parallel import describe_strategy
 from recipes.support.reporting import MetricsFileCallback
 
@@ -58,20 +55,20 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     return metrics
 
 
-def metrics_path(run: RunArguments, output_dir: Path) -> Path:
-    """Where the metrics of this run are logged."""
-    return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
-
-
 def save_model(trainer: Trainer) -> None:
     """Save the adapter or the whole model to output_dir.
 
     Communication: under FSDP and ZeRO-3 every process takes part, to bring the pieces together.
+
+    Raises:
+        RecipeError: the adapter that was saved is empty.
     """
     if trainer.is_fsdp_enabled:
         # Checkpoints stay in pieces; of the result the Trainer would then write nothing at all.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        require_weights(Path(trainer.args.output_dir))
 
 
 def describe_run(trainer: Trainer, sizes: tuple[int, int], *, seconds: float) -> dict[str, Any]:
@@ -86,33 +83,9 @@ def describe_run(trainer: Trainer, sizes: tuple[int, int], *, seconds: float) ->
     )
 
 
-@contextmanager
-def naming_a_full_disk(output_dir: Path) -> Iterator[None]:
-    """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
-
-    Raises:
-        RecipeError: something failed, and nothing can be written to `output_dir` any more.
-    """
-    try:
-        yield
-    except Exception as error:
-        try:
-            check_writable(output_dir)
-        except RecipeError as cause:
-            complete = last_complete_checkpoint(output_dir)
-            remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
-            raise RecipeError(f"{cause} The run stopped: {remedy}.") from error
-        raise
-
-
 def _leave(number: int, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        announce_stop(
-            number,
-            folder,
-            num_steps=trainer.state.global_step,
-            of=trainer.state.max_steps,
-            resumable=not trainer.args.save_only_model,
-        )
+        outcome = checkpoint_written(folder, resumable=not trainer.args.save_only_model)
+        announce_stop(number, num_steps=trainer.state.global_step, of=trainer.state.max_steps, outcome=outcome)
     sys.exit(128 + number)
