@@ -182,6 +182,7 @@ def prepare(
         num_training_steps=num_steps,
     )
     parallel.configure_plugins(accelerator, model, arguments)
+    parallel.keep_all_copies(accelerator)
     # FSDP2 and DeepSpeed must see the model and its optimizer in one call.
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     state_checkpoints.leave_out_frozen_weights(accelerator)
@@ -315,7 +316,6 @@ def evaluate(job: Job) -> dict[str, float]:
 
     Communication: three numbers a record are gathered.
     """
-    gather = parallel.gather_function(job.accelerator)
     job.model.eval()
     rows = []
     for batch in job.eval_loader:
@@ -325,7 +325,8 @@ def evaluate(job: Job) -> dict[str, float]:
         targets = labels[:, 1:]
         is_target = targets != IGNORED
         correct = (likeliest == targets) & is_target
-        rows.append(gather(torch.stack([losses.sum(1), correct.sum(1), is_target.sum(1)], dim=1)))
+        sums = torch.stack([losses.sum(1), correct.sum(1), is_target.sum(1)], dim=1)
+        rows.append(job.accelerator.gather_for_metrics(sums))
     job.model.train()
     loss, num_correct, num_targets = torch.cat(rows).cpu().double().sum(0).tolist()
     mean = loss / num_targets

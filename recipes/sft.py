@@ -109,7 +109,8 @@ def make_trainer(
         compute_metrics=causal_metrics.make_compute_metrics(),
         preprocess_logits_for_metrics=causal_metrics.reduce_logits,
     )
-    trainer.gather_function = parallel.gather_function(trainer.accelerator)
+    parallel.keep_all_copies(trainer.accelerator)
+    trainer.gather_function = trainer.accelerator.gather_for_metrics
     if parallel.is_tensor_parallel(trainer.accelerator):
         # A signal still writes a checkpoint; the Trainer cannot put the optimizer into it.
         trainer.args.save_only_model = True

@@ -1,7 +1,6 @@
 """Models that several processes share: what tensor parallelism asks for, and where no process holds a whole model."""
 
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from accelerate import Accelerator, ParallelismConfig, PartialState
@@ -122,13 +121,14 @@ def num_sample_generations(accelerator: Accelerator, wanted: int) -> int:
     return wanted
 
 
-def gather_function(accelerator: Accelerator) -> Any:
-    """Return what gathers an evaluation from all processes, without records that were seen twice.
+def keep_all_copies(accelerator: Accelerator) -> None:
+    """Have `gather_for_metrics` keep all that was gathered, where every process evaluates every record.
 
-    Under tensor parallelism every process evaluates every record. Then all of it is kept, each record as often as any
-    other; accelerate's gather_for_metrics would cut the last batch only (1.15).
+    So under tensor parallelism each record counts as often as any other. accelerate would take the copies for padding
+    and cut them off, in the last batch only (1.15).
     """
-    return accelerator.gather if is_tensor_parallel(accelerator) else accelerator.gather_for_metrics
+    if is_tensor_parallel(accelerator):
+        accelerator.gather_for_metrics = accelerator.gather
 
 
 def num_copies(accelerator: Accelerator) -> int:
