@@ -29,7 +29,7 @@ from transformers import (
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import classification, encoder_demo, models, records, reporting, training
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
+from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.metrics import load_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
@@ -52,6 +52,7 @@ def make_parser() -> RecipeParser:
         logging_steps=10,
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
+        **precision_of_the_launch(),
     )
     return parser
 

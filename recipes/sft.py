@@ -23,7 +23,7 @@ import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import causal_metrics, generation, models, parallel, sft_data, sft_model, sft_report, training
 from recipes.support.arguments import DEMO, LoraArguments, RunArguments, SftDataArguments, SftModelArguments
 from recipes.support.checkpoints import wants_resume
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
+from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import exit_with_one_line
 from recipes.support.output import check_disk_space, naming_a_full_disk
 
@@ -49,6 +49,7 @@ def make_parser() -> RecipeParser:
         save_total_limit=2,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        **precision_of_the_launch(),
     )
     return parser
 

@@ -1,9 +1,10 @@
 """Lets accelerate shard on the CPU, in the processes of a test, and reports which strategy really ran.
 
 accelerate turns FSDP on for accelerators only (AcceleratorState.__init__), refuses tensor parallelism without one
-(ParallelismConfig._validate_accelerator), and finds no backend for DeepSpeed (PartialState.__init__). FSDP1 that
-offloads a full state dict to the CPU frees what is there already (torch 2.13, FlatParamHandle.to_cpu: a segmentation
-fault). Without a word a run under FSDP would be plain DDP, so each rank writes what it saw.
+(ParallelismConfig._validate_accelerator), and finds no backend for DeepSpeed (PartialState.__init__), beside which
+transformers wants a GPU for bf16. FSDP1 that offloads a full state dict to the CPU frees what is there already (torch
+2.13, FlatParamHandle.to_cpu: a segmentation fault). Without a word a run under FSDP would be plain DDP, so each rank
+writes what it saw.
 """
 
 import json
@@ -22,6 +23,7 @@ def install():
     from torch.distributed.fsdp import FullStateDictConfig
     from torch.nn.parallel import DistributedDataParallel
     from torch.optim.optimizer import register_optimizer_step_post_hook
+    from transformers import training_args
 
     def turn_fsdp_on(state, *args, fsdp_plugin=None, **kwargs):
         if fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
@@ -38,6 +40,7 @@ def install():
     ParallelismConfig._validate_accelerator = validate_off_the_cpu
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         wrap_constructor(PartialState, backend="gloo")
+        training_args.is_torch_bf16_gpu_available = lambda: True
     wrap_constructor(FullStateDictConfig, offload_to_cpu=False)
     wrap_constructor(
         Accelerator, after=lambda accelerator, *args, **kwargs: report["accelerators"].append(accelerator)

@@ -25,6 +25,7 @@ class Strategy:
     description: str  # as results.json has it
     num_processes: int = 2
     num_replicas: int = 2
+    config: tuple[str, ...] = ()  # by default the file of this name
     launch: tuple[str, ...] = ()
     script: tuple[str, ...] = ("--save_strategy=steps", f"--save_steps={SAVED_AT}")
     environment: dict[str, str] = field(default_factory=lambda: {"ACCELERATE_USE_CPU": "true"})
@@ -88,14 +89,14 @@ class Run:
 def launch(fork_server, tiny_model, tmp_path_factory):
     """Launch a script with a file of recipes/accelerate; returns its Run."""
 
-    def run(strategy, script, *more, output_dir=None):
+    def run(strategy, script, *more, output_dir=None, precision="no"):
         if strategy.name.startswith("zero"):
             pytest.importorskip("deepspeed")
         folder = output_dir or tmp_path_factory.mktemp(f"{script}-{strategy}") / "out"
         reports = tmp_path_factory.mktemp("reports")
         micro_batches = 2 if script == "no_trainer" and strategy.num_processes < 4 else 1
-        launcher = ["--config_file", CONFIGS / f"{strategy}.yaml", "--num_processes", strategy.num_processes]
-        launcher += ["--mixed_precision", "no", *strategy.launch]
+        launcher = [*(strategy.config or ("--config_file", f"recipes/accelerate/{strategy}.yaml")), *strategy.launch]
+        launcher += ["--num_processes", strategy.num_processes, "--mixed_precision", precision]
         launcher += ["--main_process_port", 0] if strategy.num_processes > 1 else []
         options = {
             "model_name_or_path": tiny_model,
@@ -154,6 +155,29 @@ def test_launch(strategy, script, launch, whole, tmp_path):
     resumed = launch(strategy, script, "--resume_from_checkpoint=true", output_dir=resumed_folder)
     assert len(resumed.reports[0]["torques"]) < len(run.reports[0]["torques"])
     assert_equal_adapters(resumed.adapter, run.adapter, atol=0)
+
+
+@pytest.mark.distributed
+def test_offloaded_states_are_those_of_our_optimizer(launch, whole):
+    """DeepSpeed puts its own CPU optimizer in the place of one whose states are offloaded, unless told not to."""
+    file = "recipes/accelerate/zero3-offload.json"
+    config = ("--use_deepspeed", "--deepspeed_config_file", file, "--num_machines", "1")
+    run = launch(Strategy("zero3", "ZeRO-3, 2 processes", config=config, environment={}), "sft")
+    assert run.results["optimizer"] == "AdaTAMW"
+    assert_torques(run.reports)
+    assert_same_run(run, whole)
+
+
+@pytest.mark.distributed
+def test_bf16_as_the_files_say_reaches_deepspeed(launch):
+    """The Trainer must be told too; and the weights are cut while they are read."""
+    run = launch(
+        next(each for each in STRATEGIES if each.name == "zero3"), "sft", "--dtype=bfloat16", precision="bf16"
+    )
+    assert run.reports[0]["zero_stage"] == 3
+    assert_torques(run.reports)
+    assert run.results["settings"]["TrainingArguments"]["bf16"] is True
+    assert run.results["eval_perplexity"] < 0.8 * run.results["eval_perplexity_before"]
 
 
 def assert_strategy(strategy, reports):
