@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DataLoaderConfiguration
 from datasets import Dataset
 from peft import TaskType
@@ -42,7 +42,7 @@ from recipes.support.causal_metrics import reduce_logits, token_losses
 from recipes.support.checkpoints import choose_checkpoint, wants_resume
 from recipes.support.completion import IGNORED
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
-from recipes.support.errors import exit_with_one_line
+from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.interruption import Interruption, announce_stop, checkpoint_written
 from recipes.support.loop_log import LoopLog
 from recipes.support.output import (
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     groups = parse_recipe_arguments(make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG)
     run, model_arguments, data, lora, arguments = groups
-    accelerator = make_accelerator(arguments)
+    accelerator = make_accelerator(model_arguments, arguments)
     output_dir = Path(arguments.output_dir)
     resume_from = check_run(accelerator, run, arguments)
     splits = sft_data.load_splits(data, seed=arguments.seed)
@@ -126,15 +126,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_accelerator(arguments: LoopArguments) -> Accelerator:
-    """Return the Accelerator; how the processes share the work is said by `accelerate launch --config_file`."""
-    return Accelerator(
-        cpu=arguments.use_cpu,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        # The schedule is stepped once a step, however many processes there are.
-        step_scheduler_with_optimizer=False,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
-    )
+def make_accelerator(model_arguments: SftModelArguments, arguments: LoopArguments) -> Accelerator:
+    """Return the Accelerator; how the processes share the work is said by `accelerate launch --config_file`.
+
+    Raises:
+        RecipeError: the configuration, or `--tp_size`, does not fit the processes.
+    """
+    tp_size = model_arguments.tp_size
+    try:
+        return Accelerator(
+            cpu=arguments.use_cpu,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            # The schedule is stepped once a step, however many processes there are.
+            step_scheduler_with_optimizer=False,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
+            # Without one, accelerate takes what the launch says.
+            parallelism_config=None if tp_size is None else ParallelismConfig(tp_size=tp_size),
+        )
+    except ValueError as error:
+        raise RecipeError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
 
 
 def check_run(accelerator: Accelerator, run: RunArguments, arguments: LoopArguments) -> Path | None:

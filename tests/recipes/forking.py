@@ -132,7 +132,8 @@ def run_program(words):
     """Run `python *words`; returns the exit status."""
     from tests.recipes import cpu_strategies
 
-    reports = os.environ.get("STRATEGY_REPORTS") if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+    # A launcher is run as a module, and what it launches is a script.
+    reports = None if words[0] == "-m" else os.environ.get("STRATEGY_REPORTS")
     if reports:
         cpu_strategies.install()
     code = 0

@@ -260,6 +260,13 @@ def test_resuming_from_nothing(run):
     assert run("--resume_from_checkpoint", "auto", "--max_steps", 1)[0] == 0
 
 
+def test_tensor_parallelism_in_one_process_is_one_line(run):
+    status, _, error = run("--tp_size", 2)
+    assert status == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
 def test_without_clipping_the_norm_is_left_out(run):
     assert run("--max_steps", 2, "--max_grad_norm", 0, "--save_strategy", "no", "--eval_strategy", "no")[0] == 0
     rows = read_metrics(run.output_dir / "metrics.jsonl")

@@ -158,6 +158,23 @@ def test_launch(strategy, script, launch, whole, tmp_path):
 
 
 @pytest.mark.distributed
+def test_tensor_parallelism_by_the_flag_alone(fork_server, tiny_model, tmp_path):
+    """torchrun says nothing of it."""
+    flags = [f"--model_name_or_path={tiny_model}", "--dataset_name=demo", f"--output_dir={tmp_path / 'out'}"]
+    flags += ["--tp_size=2", "--max_steps=3", "--save_strategy=no", "--lora_target_modules", *COLUMN_WISE]
+    completed = fork_server.run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/no_trainer.py", *flags],
+        timeout=150,
+        ACCELERATE_USE_CPU="true",
+        STRATEGY_REPORTS=str(tmp_path),
+        ACCELERATE_TORCH_DEVICE="cpu",
+    )
+    assert completed.returncode == 0, completed.stdout[-4000:]
+    reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert_strategy(next(strategy for strategy in STRATEGIES if strategy.name == "tp"), reports)
+
+
+@pytest.mark.distributed
 def test_offloaded_states_are_those_of_our_optimizer(launch, whole):
     """DeepSpeed puts its own CPU optimizer in the place of one whose states are offloaded, unless told not to."""
     file = "recipes/accelerate/zero3-offload.json"
