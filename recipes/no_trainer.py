@@ -274,7 +274,10 @@ def windows(job: Job, epoch: int, *, skip: int) -> Iterator[list[dict[str, torch
     """Yield the batches of each step of an epoch together, leaving out those of the first `skip` steps."""
     size, loader = job.arguments.gradient_accumulation_steps, job.train_loader
     loader.set_epoch(epoch)
-    batches = iter(job.accelerator.skip_first_batches(loader, skip * size) if skip else loader)
+    if skip:
+        loader = job.accelerator.skip_first_batches(loader, skip * size)
+        loader.set_epoch(epoch)  # accelerate 1.12 would begin with the first epoch's order
+    batches = iter(loader)
     while window := list(islice(batches, size)):
         yield window
 

@@ -3,10 +3,12 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import pytest
 import torch
 import yaml
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.recipes.conftest import ROOT
@@ -134,9 +136,22 @@ def whole(launch):
     return launch(STRATEGIES[0], "sft")
 
 
+needs_tensor_parallel_adapters = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.17"), reason="peft needs transformers 5.17 for these"
+)
+# accelerate 1.12 asks a fresh optimizer what there is to load of its shards, and finds nothing.
+LOADS_SHARDS = Version(version("accelerate")) >= Version("1.13")
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("script", ["sft", "no_trainer"])
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(each, id=each.name, marks=[needs_tensor_parallel_adapters] if each.name == "tp" else [])
+        for each in STRATEGIES
+    ],
+)
 def test_launch(strategy, script, launch, whole, tmp_path):
     run = launch(strategy, script)
     assert_strategy(strategy, run.reports)
@@ -147,21 +162,23 @@ def test_launch(strategy, script, launch, whole, tmp_path):
         assert_result_loads(run)
         return
     assert_same_run(run, whole)
+    if strategy.name in ("fsdp1", "fsdp2", "hsdp") and not LOADS_SHARDS:
+        return
     resumed_folder = tmp_path / "resumed"
-    resumed_folder.mkdir()
-    for name in (f"checkpoint-{SAVED_AT}", "metrics.jsonl"):
-        copy = shutil.copytree if (run.folder / name).is_dir() else shutil.copy
-        copy(run.folder / name, resumed_folder / name)
+    shutil.copytree(run.folder / f"checkpoint-{SAVED_AT}", resumed_folder / f"checkpoint-{SAVED_AT}")
+    shutil.copy(run.folder / "metrics.jsonl", resumed_folder)
     resumed = launch(strategy, script, "--resume_from_checkpoint=true", output_dir=resumed_folder)
     assert len(resumed.reports[0]["torques"]) < len(run.reports[0]["torques"])
     assert_equal_adapters(resumed.adapter, run.adapter, atol=0)
 
 
 @pytest.mark.distributed
+@needs_tensor_parallel_adapters
 def test_tensor_parallelism_by_the_flag_alone(fork_server, tiny_model, tmp_path):
     """torchrun says nothing of it."""
     flags = [f"--model_name_or_path={tiny_model}", "--dataset_name=demo", f"--output_dir={tmp_path / 'out'}"]
-    flags += ["--tp_size=2", "--max_steps=3", "--save_strategy=no", "--lora_target_modules", *COLUMN_WISE]
+    flags += ["--tp_size=2", "--max_steps=3", "--max_eval_samples=4", "--num_sample_generations=0"]
+    flags += ["--save_strategy=no", "--lora_target_modules", *COLUMN_WISE]
     completed = fork_server.run(
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/no_trainer.py", *flags],
         timeout=150,
