@@ -238,12 +238,12 @@ def train(job: Job, resume_from: Path | None) -> None:
     interruption = Interruption()
     interruption.take_over_signals()
     try:
-        while step < job.log.num_steps and not interruption.received:
+        while step < job.log.num_steps and not interruption.agreed:
             step = train_epoch(job, step, interruption)
     finally:
         interruption.restore_handlers()
-    if interruption.received:
-        leave(job, step, interruption.received)
+    if interruption.agreed:
+        leave(job, step, interruption.agreed)
     if job.arguments.save_strategy != "no":
         save_state(job, step)
     job.log.write(step, evaluate(job))

@@ -15,12 +15,14 @@ class Interruption:
     """Notes the first SIGINT or SIGTERM; a second one kills the process as usual.
 
     Attributes:
-        received: the number of the signal, or 0.
+        agreed: the number of the signal for which all processes agreed to stop, or 0. A signal after the last step
+            is too late: the run ends by itself.
     """
 
     def __init__(self) -> None:
         """Take over nothing yet."""
-        self.received = 0
+        self.agreed = 0
+        self._received = 0
         self._previous_handlers: dict[int, object] = {}
 
     def take_over_signals(self) -> None:
@@ -30,15 +32,16 @@ class Interruption:
                 self._previous_handlers[number] = signal.signal(number, self._note)
 
     def agree(self, device: torch.device) -> int:
-        """Return what any process received, and remember it, so that all stop at the same step.
+        """Set `agreed` to what any process has received so far, and return it.
 
-        Communication: with several processes, one all-reduce of one number.
+        Communication: with several processes, one all-reduce of one number, so that all stop at the same step.
         """
+        self.agreed = self._received
         if torch.distributed.is_initialized():
-            largest = torch.tensor(self.received, device=device)
+            largest = torch.tensor(self._received, device=device)
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(largest)
-        return self.received
+            self.agreed = int(largest)
+        return self.agreed
 
     def restore_handlers(self) -> None:
         """Give the signals back to whoever had them."""
@@ -47,7 +50,7 @@ class Interruption:
         self._previous_handlers.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self._received = number
         self.restore_handlers()
 
 
@@ -91,5 +94,5 @@ class InterruptionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Skip what an ordinary end of the epoch brings: the checkpoint is written, and the sender waits."""
-        if control.should_training_stop and self._interruption.received:
+        if control.should_training_stop and self._interruption.agreed:
             control.should_save = control.should_evaluate = False

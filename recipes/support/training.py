@@ -50,8 +50,8 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
             metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
     finally:
         interruption.restore_handlers()
-    if interruption.received:
-        _leave(interruption.received, trainer)
+    if interruption.agreed:
+        _leave(interruption.agreed, trainer)
     return metrics
 
 

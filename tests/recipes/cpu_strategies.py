@@ -39,6 +39,10 @@ def install():
     wrap_constructor(AcceleratorState, after=turn_fsdp_on)
     ParallelismConfig._validate_accelerator = validate_off_the_cpu
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        import deepspeed
+
+        # It would compile an all-reduce of its own for the CPU: a minute in each new environment.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         wrap_constructor(PartialState, backend="gloo")
         training_args.is_torch_bf16_gpu_available = lambda: True
     wrap_constructor(FullStateDictConfig, offload_to_cpu=False)

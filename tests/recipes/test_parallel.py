@@ -1,12 +1,13 @@
 """What is refused under tensor parallelism, and counting models that no process holds whole."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from recipes.support import models, parallel
+from recipes.support import models, parallel, sft_data
 from recipes.support.arguments import LoraArguments, SftModelArguments
 from recipes.support.errors import RecipeError
 
@@ -91,3 +92,18 @@ def test_parameters_that_zero_3_took_away_are_counted():
     for parameter in model.parameters():
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
     assert models.count_parameters(model) == (3, 15)
+
+
+@pytest.mark.parametrize(("is_first", "keep", "is_there", "builds"), [
+    (True, False, False, True), (True, False, True, True), (True, True, True, False), (True, True, False, True),
+    (False, False, False, False),
+])  # fmt: skip
+def test_demo_model_is_built_by_one_process(is_first, keep, is_there, builds, tmp_path, monkeypatch):
+    built = []
+    state = SimpleNamespace(is_local_main_process=is_first, local_main_process_first=nullcontext)
+    monkeypatch.setattr(sft_data, "PartialState", lambda: state)
+    monkeypatch.setattr(sft_data.causal_demo, "build_base", lambda folder, **options: built.append(folder))
+    if is_there:
+        (tmp_path / "base").mkdir()
+    assert sft_data.prepare_demo_model(tmp_path, keep=keep, show_progress=False) == str(tmp_path / "base")
+    assert built == [tmp_path / "base"] * builds
