@@ -191,6 +191,7 @@ def prepare(
         num_warmup_steps=math.ceil(warmup * num_steps) if warmup < 1 else int(warmup),
         num_training_steps=num_steps,
     )
+    model.config.use_cache = False  # of no use here, and activation checkpointing would fill it twice
     parallel.configure_plugins(accelerator, model, arguments)
     parallel.keep_all_copies(accelerator)
     # FSDP2 and DeepSpeed must see the model and its optimizer in one call.
