@@ -4,6 +4,7 @@
 launch` does, is a fork too: there it names a client, which asks the same server and stands for the fork until it ends.
 """
 
+import importlib.util
 import json
 import os
 import runpy
@@ -90,6 +91,8 @@ def serve(address, client):
     import recipes.no_trainer
     import recipes.sft  # noqa: F401
 
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed")
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)

@@ -199,24 +199,23 @@ def checkpoints_in(folder):
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
+OTHER_RUN = '{"step": 3, "strategy": "DDP, 8 processes", "files": {}}'
+
+
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("name", "content", "message"),
     [
-        (lambda folder: (folder / "optimizer.bin").write_bytes(b"cut off"), "has 7 bytes where"),
-        (lambda folder: (folder / "random_states_0.pkl").unlink(), "random_states_0.pkl is missing"),
-        (lambda folder: (folder / "manifest.json").unlink(), "is no complete checkpoint of this script"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "is no complete checkpoint of this script"),
-        (
-            lambda folder: (folder / "manifest.json").write_text(
-                '{"step": 3, "strategy": "DDP, 8 processes", "files": {}}'
-            ),
-            "was written by a run with DDP, 8 processes, this one is single process",
-        ),
+        ("optimizer.bin", "cut off", "has 7 bytes where"),
+        ("random_states_0.pkl", None, "random_states_0.pkl is missing"),
+        ("manifest.json", None, "is no complete checkpoint of this script"),
+        ("manifest.json", "{", "is no complete checkpoint of this script"),
+        ("manifest.json", OTHER_RUN, "was written by a run with DDP, 8 processes, this one is single process"),
     ],
 )
-def test_harmed_checkpoint_is_refused_by_name(harm, message, run):
+def test_harmed_checkpoint_is_refused_by_name(name, content, message, run):
     assert run("--max_steps", 3, "--save_steps", 3)[0] == 0
-    harm(run.output_dir / "checkpoint-3")
+    path = run.output_dir / "checkpoint-3" / name
+    path.unlink() if content is None else path.write_text(content)
     status, _, error = run("--resume_from_checkpoint", run.output_dir / "checkpoint-3")
     assert status == 1
     assert message in error
