@@ -29,10 +29,10 @@ from transformers import (
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import classification, encoder_demo, models, records, reporting, training
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
+from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.metrics import load_metrics
-from recipes.support.output import RESULTS_NAME, check_disk_space
+from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
 
 DEMO_CONFIG = CONFIGS / "demo" / "classify.yaml"
 
@@ -52,6 +52,7 @@ def make_parser() -> RecipeParser:
         logging_steps=10,
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
+        **precision_of_the_launch(),
     )
     return parser
 
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     encoded = encode_splits(splits, data, tokenizer, names)
     output_dir = Path(arguments.output_dir)
     check_disk_space(output_dir, model, full=lora.full)
+    sizes = models.count_parameters(model)
 
     trainer = Trainer(
         model=model,
@@ -83,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= evaluate_test(trainer, encoded)
-    with training.naming_a_full_disk(output_dir):
-        trainer.save_model()
+    with naming_a_full_disk(output_dir):
+        training.save_model(trainer)
         if trainer.is_world_process_zero():
-            report(trainer, metrics, (run, model_arguments, data, lora, arguments), started=started)
+            report(trainer, sizes, metrics, (run, model_arguments, data, lora, arguments), started=started)
     return 0
 
 
@@ -129,16 +131,11 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
         train, _, _ = encoder_demo.demo_records()
         tokenizer = encoder_demo.build_tokenizer(list(train.dataset["text"]))
         return tokenizer, encoder_demo.build_encoder(tokenizer, names)
-    tokenizer = models.load_tokenizer(model_arguments)
-    model = models.load_model(
-        AutoModelForSequenceClassification,
-        model_arguments,
-        new_head=True,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer, config = models.load_tokenizer(model_arguments), models.load_config(model_arguments)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.pad_token_id = tokenizer.pad_token_id
+    model = models.load_model(AutoModelForSequenceClassification, model_arguments, config=config, new_head=True)
     return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_CLS)
 
 
@@ -175,9 +172,11 @@ def evaluate_test(trainer: Trainer, encoded: dict[str, Any]) -> dict[str, float]
     return {**metrics, f"{prefix}_most_frequent_class": classification.most_frequent_share(encoded[name])}
 
 
-def report(trainer: Trainer, metrics: dict[str, float], arguments: tuple[Any, ...], *, started: float) -> None:
+def report(
+    trainer: Trainer, sizes: tuple[int, int], metrics: dict[str, float], arguments: tuple[Any, ...], *, started: float
+) -> None:
     """Write results.json and print the table."""
-    facts = reporting.describe_run(trainer, seconds=time.perf_counter() - started)
+    facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
     output_dir = Path(trainer.args.output_dir)
     reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics}, arguments)
     shown = {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second"))}

@@ -36,6 +36,25 @@ class ModelArguments:
 
 
 @dataclass
+class SftModelArguments(ModelArguments):
+    """A causal language model, which several processes may share."""
+
+    tp_size: int | None = field(
+        default=None,
+        metadata={"help": "Cut the model over this many processes, which must be all. Default: as accelerate says."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        if self.tp_size is not None and self.tp_size < 1:
+            raise ValueError(f"tp_size = {self.tp_size}: must be at least 1.")
+
+
+@dataclass
 class LoraArguments:
     """What is trained: an adapter, or with `full` the whole model."""
 
@@ -122,3 +141,60 @@ class ClassifyDataArguments(DatasetArguments):
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     label_column: str = field(default="label", metadata={"help": "Column of the label, a name or a number."})
     max_length: int = field(default=64, metadata={"help": "Longest text in tokens; what is over is cut and counted."})
+
+
+@dataclass
+class LoopArguments:
+    """The training of no_trainer.py; names and meanings are those of transformers' TrainingArguments."""
+
+    output_dir: str = field(default="outputs/no-trainer", metadata={"help": "Where everything is written."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate; AdamW's carries over."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of every trained tensor."})
+    gamma: float = field(default=0.9, metadata={"help": "Smoothing of the torque; 1 keeps it at 0."})
+    scope: str = field(
+        default="tensor", metadata={"help": "One angle for each tensor, or for all.", "choices": ["tensor", "model"]}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
+    max_steps: int = field(default=-1, metadata={"help": "Stop after this many steps, whatever num_train_epochs."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Records a process and backward pass."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Records a process in an evaluation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes a step."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0: leave them."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "linear, cosine, constant_with_warmup, ..."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1: the share of all steps."})
+    logging_steps: int = field(default=10, metadata={"help": "Log the training loss every N steps."})
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "When to evaluate.", "choices": ["epoch", "steps", "no"]}
+    )
+    eval_steps: int = field(default=500, metadata={"help": "Evaluate every N steps."})
+    save_strategy: str = field(
+        default="epoch",
+        metadata={
+            "help": "When to save the state, apart from the end; no: never.",
+            "choices": ["epoch", "steps", "no"],
+        },
+    )
+    save_steps: int = field(default=500, metadata={"help": "Save the state every N steps."})
+    save_total_limit: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true, auto (if there is one), or the folder of a checkpoint."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the adapter, the order of the data and dropout."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is an accelerator."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+
+    def __post_init__(self) -> None:
+        """Check the ranges that the optimizer does not check itself.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if self.max_steps < 1 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs = {self.num_train_epochs}: must be above 0.")
+        for name in ("max_grad_norm", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0.")

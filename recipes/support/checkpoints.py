@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -16,9 +17,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT_NAME.fullmatch(path.name))
 
 
-def wants_resume(training: TrainingArguments) -> bool:
-    """Whether this run was told to continue another, if there is one."""
-    return (training.resume_from_checkpoint or "false").lower() != "false"
+def wants_resume(choice: str | None) -> bool:
+    """Whether `--resume_from_checkpoint` tells this run to continue another, if there is one."""
+    return (choice or "false").lower() != "false"
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> Path | None:
@@ -30,22 +31,36 @@ def checkpoint_to_resume(training: TrainingArguments) -> Path | None:
     Raises:
         RecipeError: there is no checkpoint to resume from, or it is damaged.
     """
-    if not wants_resume(training):
+    output_dir = Path(training.output_dir)
+    folder = choose_checkpoint(training.resume_from_checkpoint, output_dir, last_complete_checkpoint)
+    # Sharded checkpoints have other files; the Trainer's own path checks those.
+    if folder is not None and training.world_size == 1:
+        _require_resumable(folder, training)
+    return folder
+
+
+def choose_checkpoint(choice: str | None, output_dir: Path, find_newest: Callable[[Path], Path | None]) -> Path | None:
+    """Resolve `--resume_from_checkpoint` as `checkpoint_to_resume` describes it; the folder is not looked into.
+
+    Args:
+        choice: nothing, `true`, `auto`, or a folder.
+        output_dir: of the run.
+        find_newest: returns the newest complete checkpoint in a directory, or None.
+
+    Raises:
+        RecipeError: there is no checkpoint to resume from.
+    """
+    if not wants_resume(choice):
         return None
-    choice, output_dir = str(training.resume_from_checkpoint), Path(training.output_dir)
-    folder = last_complete_checkpoint(output_dir) if choice.lower() in ("true", "auto") else Path(choice)
-    if folder is None and choice.lower() == "auto":
-        return None
-    if folder is None:
+    keyword = str(choice).lower()
+    folder = find_newest(output_dir) if keyword in ("true", "auto") else Path(str(choice))
+    if folder is None and keyword == "true":
         incomplete = ", ".join(path.name for path in list_checkpoints(output_dir))
         raise RecipeError(
             f"resume_from_checkpoint is {choice}, but {output_dir} has no complete checkpoint"
             + (f" (incomplete: {incomplete})." if incomplete else ".")
             + " Give the folder of one, or 'auto' to start afresh in that case."
         )
-    # Sharded checkpoints have other files; the Trainer's own path checks those.
-    if training.world_size == 1:
-        _require_resumable(folder, training)
     return folder
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,13 @@ class RecipeParser(HfArgumentParser):
         """Every argument that a flag or a YAML file may set."""
         fields = [field for dataclass in self.dataclass_types for field in dataclasses.fields(dataclass)]
         return [field.name for field in fields if field.init]
+
+
+def precision_of_the_launch() -> dict[str, bool]:
+    """Return `bf16` and `fp16` as `accelerate launch` was told, where DeepSpeed wants both to say the same."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return {}
+    return {name: os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16")}
 
 
 def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config: Path) -> tuple[Any, ...]:

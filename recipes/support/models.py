@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_tam.integrations.peft import find_wrapped_adapters
 from recipes.support.arguments import LoraArguments, ModelArguments
 from recipes.support.errors import RecipeError
 
@@ -28,25 +30,42 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    auto_class: Any, arguments: ModelArguments, *, new_head: bool = False, **config_changes: Any
-) -> PreTrainedModel:
-    """Load a model by one of transformers' Auto classes; `config_changes` are written into its configuration.
-
-    Args:
-        auto_class: for example AutoModelForCausalLM.
-        arguments: the name, revision and dtype.
-        new_head: whether weights whose shape the changes alter start afresh, which transformers lists in a warning.
-        config_changes: attributes of the configuration.
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """Load the configuration of a model.
 
     Raises:
         RecipeError: it is neither a folder nor to be had from the hub.
     """
-    config = _load(AutoConfig, arguments)
-    for name, value in config_changes.items():
-        setattr(config, name, value)
+    return _load(AutoConfig, arguments)
+
+
+def load_model(
+    auto_class: Any,
+    arguments: ModelArguments,
+    *,
+    config: PreTrainedConfig | None = None,
+    new_head: bool = False,
+    tp_size: int = 1,
+) -> PreTrainedModel:
+    """Load a model by one of transformers' Auto classes.
+
+    Args:
+        auto_class: for example AutoModelForCausalLM.
+        arguments: the name, revision and dtype.
+        config: the model's configuration, where it is not to be the one it was saved with.
+        new_head: whether weights whose shape `config` alters start afresh, which transformers lists in a warning.
+        tp_size: over how many processes the weights are cut; each loads its own part.
+
+    Raises:
+        RecipeError: it is neither a folder nor to be had from the hub.
+    """
+    options: dict[str, Any] = {} if config is None else {"config": config}
+    if tp_size > 1:
+        from transformers import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=tp_size)
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    return _load(auto_class, arguments, config=config, dtype=dtype, ignore_mismatched_sizes=new_head)
+    return _load(auto_class, arguments, dtype=dtype, ignore_mismatched_sizes=new_head, **options)
 
 
 def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType) -> Any:
@@ -57,6 +76,7 @@ def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType
     """
     if arguments.full:
         return model
+    find_wrapped_adapters()
     targets = arguments.lora_target_modules
     config = LoraConfig(
         r=arguments.lora_r,
@@ -71,9 +91,27 @@ def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType
         raise RecipeError(f"lora_target_modules = {' '.join(targets)}: {' '.join(str(error).split())}") from error
 
 
+def require_weights(folder: Path) -> None:
+    """Check, where an adapter was saved to `folder`, that it is not empty.
+
+    Raises:
+        RecipeError: the file holds no weights.
+    """
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            if not list(file.keys()):
+                raise RecipeError(f"{path} was saved without any weights: take those of the last checkpoint.")
+
+
+def parameter_size(parameter: torch.Tensor) -> int:
+    """Return how many numbers a parameter has; ZeRO-3 leaves an empty tensor in its place and notes the size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many there are."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    """Return how many parameters are trained, and how many there are; before FSDP1 cuts the model."""
+    sizes = [(parameter_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 

@@ -2,12 +2,18 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import nn
 
+from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import list_checkpoints
 from recipes.support.errors import RecipeError
+from recipes.support.models import parameter_size
 
 METRICS_NAME = "metrics.jsonl"
 RESULTS_NAME = "results.json"
@@ -23,6 +29,8 @@ def check_output_directory(output_dir: Path, *, overwrite: bool, resuming: bool)
 
     Creates and changes nothing that stays.
 
+    Communication: a barrier, with several processes.
+
     Raises:
         RecipeError: naming the directory and the flag that helps.
     """
@@ -34,6 +42,8 @@ def check_output_directory(output_dir: Path, *, overwrite: bool, resuming: bool)
             f"output_dir {output_dir} is not empty: give another one, --overwrite to replace the run in it,"
             " or --resume_from_checkpoint true to continue that run."
         )
+    # No process may write before the slowest has looked, or it would find the directory in use.
+    PartialState().wait_for_everyone()
 
 
 def check_writable(output_dir: Path) -> None:
@@ -58,8 +68,9 @@ def check_disk_space(output_dir: Path, model: nn.Module, *, full: bool) -> None:
         RecipeError: with the space needed and the space free.
     """
     saved = [parameter for parameter in model.parameters() if full or parameter.requires_grad]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
-    moments = sum(parameter.numel() for parameter in saved if parameter.requires_grad) * _OPTIMIZER_BYTES_PER_PARAMETER
+    weights = sum(parameter_size(parameter) * parameter.element_size() for parameter in saved)
+    trained = sum(parameter_size(parameter) for parameter in saved if parameter.requires_grad)
+    moments = trained * _OPTIMIZER_BYTES_PER_PARAMETER
     needed = _CHECKPOINTS_THAT_MUST_FIT * (weights + moments)
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -76,3 +87,33 @@ def remove_earlier_run(output_dir: Path) -> None:
         shutil.rmtree(checkpoint)
     for name in (METRICS_NAME, RESULTS_NAME):
         (output_dir / name).unlink(missing_ok=True)
+
+
+def metrics_path(run: RunArguments, output_dir: Path) -> Path:
+    """Where the metrics of this run are logged."""
+    return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
+
+
+@contextmanager
+def naming_a_full_disk(
+    output_dir: Path, find_newest: Callable[[Path], Path | None] = last_complete_checkpoint
+) -> Iterator[None]:
+    """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
+
+    Args:
+        output_dir: of the run.
+        find_newest: returns the newest complete checkpoint in a directory, or None; by default the Trainer's.
+
+    Raises:
+        RecipeError: something failed, and nothing can be written to `output_dir` any more.
+    """
+    try:
+        yield
+    except Exception as error:
+        try:
+            check_writable(output_dir)
+        except RecipeError as cause:
+            complete = find_newest(output_dir)
+            remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
+            raise RecipeError(f"{cause} The run stopped: {remedy}.") from error
+        raise

@@ -10,33 +10,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_tam
-from recipes.support.models import count_parameters
 
 _REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 
 
-class MetricsFileCallback(TrainerCallback):
-    """Appends every log event to a file as one JSON object a line, whatever `report_to` says."""
+class MetricsFile:
+    """A file to which every log event is appended as one JSON object a line."""
 
     def __init__(self, path: Path) -> None:
-        """Log to `path`, whose folder is created when training begins."""
+        """Log to `path`, whose folder is created by `begin`."""
         self._path = path
+
+    def begin(self, *, step: int) -> None:
+        """Drop what a killed run had logged after `step`, from which this one continues; 0: start an empty file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = read_metrics(self._path) if step else []
+        kept = [row for row in earlier if row["step"] <= step]
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append one event."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(row)}\n")
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Appends every log event of the Trainer to a metrics file, whatever `report_to` says."""
+
+    def __init__(self, path: Path) -> None:
+        """Log to `path`."""
+        self._file = MetricsFile(path)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Drop what a killed run had logged after the step that this one continues from."""
-        if not state.is_world_process_zero:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = read_metrics(self._path) if state.global_step else []
-        kept = [row for row in earlier if row["step"] <= state.global_step]
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        """Begin the file at the step that training begins at."""
+        if state.is_world_process_zero:
+            self._file.begin(step=state.global_step)
 
     def on_log(
         self,
@@ -48,9 +63,7 @@ class MetricsFileCallback(TrainerCallback):
     ) -> None:
         """Append `logs` with their step and epoch."""
         if state.is_world_process_zero:
-            row = {"step": state.global_step, "epoch": state.epoch, **(logs or {})}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(row)}\n")
+            self._file.append({"step": state.global_step, "epoch": state.epoch, **(logs or {})})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -99,24 +112,38 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-def describe_run(trainer: Trainer, *, seconds: float) -> dict[str, Any]:
-    """Return what was trained and by which optimizer; `damping_mean` is there if the optimizer is one of ours."""
-    trained, total = count_parameters(trainer.model)
+def describe_run(
+    optimizer: Any, sizes: tuple[int, int], *, strategy: str, num_records: int, num_steps: int, seconds: float
+) -> dict[str, Any]:
+    """Return what was trained and by which optimizer; `damping_mean` is there if the optimizer is one of ours.
+
+    Args:
+        optimizer: as accelerate returned it.
+        sizes: how many parameters were trained and how many there are, counted before the model was wrapped.
+        strategy: how the processes shared the work.
+        num_records: records trained on.
+        num_steps: optimizer steps.
+        seconds: wall time of the run.
+    """
+    trained, total = sizes
     return {
-        **describe_optimizer(trainer.optimizer),
+        **_describe_optimizer(optimizer),
+        "strategy": strategy,
         "trained_parameters": f"{trained:,} of {total:,}",
-        "training_records": len(trainer.train_dataset),
-        "steps": trainer.state.global_step,
+        "training_records": num_records,
+        "steps": num_steps,
         "seconds": round(seconds, 1),
     }
 
 
-def describe_optimizer(optimizer: Any) -> dict[str, Any]:
+def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Return the name of the optimizer and, if it is one of ours, its mean damping (0.5 weighs as AdamW does)."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    description: dict[str, Any] = {"optimizer": type(inner).__name__}
-    if isinstance(inner, hf_tam.AdaTAMW | hf_tam.AdaTAM | hf_tam.TAM):
-        description["damping_mean"] = round(float(inner.torque_stats()["damping"].mean()), 4)
+    # accelerate wraps it, and DeepSpeed's ZeRO inside that once more.
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    description: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+    if isinstance(optimizer, hf_tam.AdaTAMW | hf_tam.AdaTAM | hf_tam.TAM):
+        description["damping_mean"] = round(float(optimizer.torque_stats()["damping"].mean()), 4)
     return description
 
 

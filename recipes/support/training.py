@@ -1,20 +1,18 @@
 """One way to run a Trainer: resumable, interruptible, and clear when the disk fills up."""
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from recipes.support import reporting
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
-from recipes.support.errors import RecipeError
-from recipes.support.interruption import InterruptionCallback
-from recipes.support.output import METRICS_NAME, check_output_directory, check_writable, remove_earlier_run
+from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop, checkpoint_written
+from recipes.support.models import require_weights
+from recipes.support.output import check_output_directory, metrics_path, naming_a_full_disk, remove_earlier_run
+from recipes.support.parallel import describe_strategy
 from recipes.support.reporting import MetricsFileCallback
 
 
@@ -26,11 +24,8 @@ def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
     Raises:
         RecipeError: the run cannot start, and why.
     """
-    resuming = wants_resume(training)
+    resuming = wants_resume(training.resume_from_checkpoint)
     check_output_directory(Path(training.output_dir), overwrite=run.overwrite, resuming=resuming)
-    if training.world_size > 1:
-        # No process may write before the slowest has looked, or it would find the directory in use.
-        training.distributed_state.wait_for_everyone()
     return checkpoint_to_resume(training)
 
 
@@ -43,8 +38,8 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
             finished run goes on.
     """
     output_dir = Path(trainer.args.output_dir)
-    interruption = InterruptionCallback()
-    for callback in (interruption, MetricsFileCallback(metrics_path(run, output_dir))):
+    interruption = Interruption()
+    for callback in (InterruptionCallback(interruption), MetricsFileCallback(metrics_path(run, output_dir))):
         trainer.add_callback(callback)
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
@@ -55,42 +50,42 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
             metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
     finally:
         interruption.restore_handlers()
-    if interruption.received:
-        _leave(interruption.received, trainer)
+    if interruption.agreed:
+        _leave(interruption.agreed, trainer)
     return metrics
 
 
-def metrics_path(run: RunArguments, output_dir: Path) -> Path:
-    """Where the metrics of this run are logged."""
-    return Path(run.metrics_file) if run.metrics_file else output_dir / METRICS_NAME
+def save_model(trainer: Trainer) -> None:
+    """Save the adapter or the whole model to output_dir.
 
-
-@contextmanager
-def naming_a_full_disk(output_dir: Path) -> Iterator[None]:
-    """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
+    Communication: under FSDP and ZeRO-3 every process takes part, to bring the pieces together.
 
     Raises:
-        RecipeError: something failed, and nothing can be written to `output_dir` any more.
+        RecipeError: the adapter that was saved is empty.
     """
-    try:
-        yield
-    except Exception as error:
-        try:
-            check_writable(output_dir)
-        except RecipeError as cause:
-            complete = last_complete_checkpoint(output_dir)
-            remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
-            raise RecipeError(f"{cause} The run stopped: {remedy}.") from error
-        raise
+    if trainer.is_fsdp_enabled:
+        # Checkpoints stay in pieces; of the result the Trainer would then write nothing at all.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        require_weights(Path(trainer.args.output_dir))
+
+
+def describe_run(trainer: Trainer, sizes: tuple[int, int], *, seconds: float) -> dict[str, Any]:
+    """Return what was trained, how and by which optimizer; see `reporting.describe_run`."""
+    return reporting.describe_run(
+        trainer.optimizer,
+        sizes,
+        strategy=describe_strategy(trainer.accelerator),
+        num_records=len(trainer.train_dataset),
+        num_steps=trainer.state.global_step,
+        seconds=seconds,
+    )
 
 
 def _leave(number: int, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        print(
-            f"{signal.Signals(number).name}: stopped after step {trainer.state.global_step} of"
-            f" {trainer.state.max_steps}; checkpoint written: {folder}\n"
-            "To continue, run the same command with --resume_from_checkpoint true",
-            file=sys.stderr,
-        )
+        outcome = checkpoint_written(folder, resumable=not trainer.args.save_only_model)
+        announce_stop(number, num_steps=trainer.state.global_step, of=trainer.state.max_steps, outcome=outcome)
     sys.exit(128 + number)

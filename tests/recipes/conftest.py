@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.recipes.forking import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +46,16 @@ def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "model"
     build_base(folder, num_steps=2, show_progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """Runs programs in forks of a Python that has imported everything."""
+    # The name of a socket is limited to about 100 characters, which pytest's folders may exceed.
+    with tempfile.TemporaryDirectory() as folder:
+        server = ForkServer(folder)
+        yield server
+        server.close()
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import shlex
 import pytest
 import yaml
 
-from recipes import classify, sft
+from recipes import classify, no_trainer, sft
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, flags_from_yaml, parse_recipe_arguments
 
 CONFIG_FILES = sorted(CONFIGS.rglob("*.yaml"))
-RECIPES = {"sft.py": sft, "classify.py": classify}
+RECIPES = {"sft.py": sft, "classify.py": classify, "no_trainer.py": no_trainer}
 
 
 def parse(*argv, recipe=sft):
@@ -49,8 +49,8 @@ def test_shipped_configuration_says_what_it_is_for(path):
         assert f"# {title}" in text
 
 
-def test_there_are_configurations_for_both_recipes():
-    assert {recipe_of(path) for path in CONFIG_FILES} == {sft, classify}
+def test_there_are_configurations_for_every_recipe():
+    assert {recipe_of(path) for path in CONFIG_FILES} == set(RECIPES.values())
 
 
 def test_flag_overrides_file_and_file_overrides_default(tmp_path):
@@ -71,7 +71,7 @@ def test_nothing_named_is_the_demo_and_anything_named_is_not():
 
 
 def test_default_optimizer_is_ours():
-    for recipe in RECIPES.values():
+    for recipe in (sft, classify):
         assert parse(recipe=recipe)[-1].optim == "adatamw"
 
 
@@ -157,5 +157,14 @@ def test_one_source_of_data():
 )
 def test_steps_ask_for_their_strategy(flags, saves, evaluates):
     """The demo's file says epoch; a flag with a number of steps must not be without effect."""
-    arguments = parse_recipe_arguments(sft.make_parser(), flags, demo_config=sft.DEMO_CONFIG)[-1]
-    assert (arguments.save_strategy, arguments.eval_strategy) == (saves, evaluates)
+    for recipe in (sft, no_trainer):
+        arguments = parse(*flags, recipe=recipe)[-1]
+        assert (arguments.save_strategy, arguments.eval_strategy) == (saves, evaluates)
+
+
+def test_demo_without_the_trainer_is_that_of_sft():
+    *groups, training = parse()
+    *others, loop = parse(recipe=no_trainer)
+    assert groups[1:] == others[1:]
+    shared = (set(vars(loop)) & set(vars(training))) - {"output_dir", "eval_steps"}
+    assert {name: getattr(loop, name) for name in shared} == {name: getattr(training, name) for name in shared}

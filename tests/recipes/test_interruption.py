@@ -99,10 +99,10 @@ def test_run_stopped_by_sigterm_continues_bit_for_bit(uninterrupted, tiny_model,
 
 
 def test_ctrl_c_before_training_is_one_line(sft, monkeypatch):
-    def interrupt_loading(*arguments):
+    def interrupt_loading(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recipes.sft.load_splits", interrupt_loading)
+    monkeypatch.setattr("recipes.support.sft_data.load_splits", interrupt_loading)
     status, _, error = sft("--dataset_name", "demo")
     assert status == 130
     assert error == "interrupted outside training: no checkpoint was written\n"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
-from recipes.support import checkpoints, output, training
+from recipes.support import checkpoints, output
 from recipes.support.errors import RecipeError
 
 
@@ -85,7 +85,7 @@ def test_disk_that_fills_up_in_training_is_named(sft, monkeypatch):
 
     def fail(self, *arguments, **options):
         # From here on nothing can be written, which is what the recipe finds when it looks for the cause.
-        monkeypatch.setattr(training, "check_writable", refuse)
+        monkeypatch.setattr(output, "check_writable", refuse)
         raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")
 
     def refuse(directory):

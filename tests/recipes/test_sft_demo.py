@@ -16,6 +16,9 @@ from recipes.support.arguments import SftDataArguments
 from recipes.support.completion import encode_records
 from recipes.support.reporting import read_metrics
 
+# They share a run that takes a minute, which each worker would repeat.
+pytestmark = pytest.mark.xdist_group("demo")
+
 
 def test_demo_runs_and_says_what_it_is(demo_run):
     process, output_dir = demo_run

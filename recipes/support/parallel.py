@@ -1,0 +1,163 @@
+"""Models that several processes share: what tensor parallelism asks for, and where no process holds a whole model."""
+
+from importlib.metadata import version
+
+import torch
+from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
+from packaging.version import Version
+from peft import PeftModel
+from peft.utils.other import fsdp_auto_wrap_policy
+from transformers import PreTrainedConfig
+
+from recipes.support.arguments import LoopArguments, LoraArguments, SftModelArguments
+from recipes.support.errors import RecipeError
+from recipes.support.reporting import warn
+
+# Adapters on a model that transformers itself cuts: peft/tuners/lora/model.py, get_tp_plan_and_mesh.
+_TRANSFORMERS_WITH_TENSOR_PARALLEL_ADAPTERS = Version("5.17.0")
+
+
+def tensor_parallel_size(arguments: SftModelArguments) -> int:
+    """Return how many processes share one model: `--tp_size`, else what the accelerate configuration says, else 1.
+
+    Raises:
+        RecipeError: the two differ, or the number of processes is another one.
+    """
+    configured, num_processes = ParallelismConfig().tp_size, PartialState().num_processes
+    size = configured if arguments.tp_size is None else arguments.tp_size
+    if size != configured != 1:
+        raise RecipeError(f"tp_size is {size} and the accelerate configuration says {configured}: drop one of them.")
+    if size not in (1, num_processes):
+        raise RecipeError(
+            f"tp_size is {size}, but {num_processes} processes run: tensor parallelism of this recipe takes all of"
+            f" them (accelerate launch --num_processes {size})."
+        )
+    return size
+
+
+def require_tensor_parallel(config: PreTrainedConfig, lora: LoraArguments, *, saves_state: bool) -> None:
+    """Refuse, before weights are loaded, what cannot work with a model cut by tensor parallelism.
+
+    Args:
+        config: of the model.
+        lora: which layers get an adapter.
+        saves_state: whether the run writes checkpoints that hold the optimizer.
+
+    Raises:
+        RecipeError: with the flag that helps.
+    """
+    installed = Version(version("transformers"))
+    if installed < _TRANSFORMERS_WITH_TENSOR_PARALLEL_ADAPTERS:
+        raise RecipeError(
+            f"tensor parallelism needs transformers {_TRANSFORMERS_WITH_TENSOR_PARALLEL_ADAPTERS} or later,"
+            f" this is {installed}."
+        )
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        raise RecipeError(
+            f"transformers has no tensor-parallel plan for a {config.model_type} model: launch with"
+            " recipes/accelerate/fsdp2.yaml."
+        )
+    if saves_state:
+        raise RecipeError(
+            "under tensor parallelism the optimizer cannot be saved, so a run cannot be continued: give"
+            " --save_strategy no (the result is saved all the same)."
+        )
+    if not lora.full:
+        _require_column_wise(plan, lora.lora_target_modules)
+
+
+def _require_column_wise(plan: dict[str, str], targets: list[str]) -> None:
+    """Refuse adapters on layers cut by rows: their gradient is wrong in shape (peft 0.21, transformers 5.23)."""
+    styles = {name.rsplit(".", 1)[-1]: style for name, style in plan.items()}
+    named = list(styles) if targets == ["all-linear"] else [target.rsplit(".", 1)[-1] for target in targets]
+    refused = [name for name in named if styles.get(name, "colwise") != "colwise"]
+    if refused:
+        possible = " ".join(name for name, style in styles.items() if style == "colwise")
+        raise RecipeError(
+            f"lora_target_modules = {' '.join(targets)}: under tensor parallelism there can be no adapter on"
+            f" {', '.join(refused)}, whose weights are not cut by columns: give --lora_target_modules {possible}"
+        )
+
+
+def describe_strategy(accelerator: Accelerator) -> str:
+    """Name how the processes share the work, as the README's table does."""
+    kind, num_processes = accelerator.distributed_type, accelerator.num_processes
+    if kind == DistributedType.DEEPSPEED:
+        name = f"ZeRO-{_zero_stage(accelerator)}"
+    elif is_tensor_parallel(accelerator):
+        name = "tensor parallelism"
+    elif kind == DistributedType.FSDP:
+        config = accelerator.parallelism_config
+        replicated = config is not None and config.dp_replicate_enabled
+        name = "HSDP" if replicated else f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    elif num_processes > 1:
+        name = "DDP"
+    else:
+        return "single process"
+    return f"{name}, {num_processes} processes"
+
+
+def is_tensor_parallel(accelerator: Accelerator) -> bool:
+    """Whether the processes share every layer, and so see the same batches."""
+    config = accelerator.parallelism_config
+    return config is not None and config.tp_enabled
+
+
+def is_whole(accelerator: Accelerator) -> bool:
+    """Whether every process holds a whole model outside of a forward pass; not so under FSDP and ZeRO-3."""
+    return accelerator.distributed_type != DistributedType.FSDP and _zero_stage(accelerator) != 3
+
+
+def num_sample_generations(accelerator: Accelerator, wanted: int) -> int:
+    """Return `wanted`, or 0 with a notice where no process could generate by itself."""
+    if wanted and not is_whole(accelerator):
+        warn(
+            f"no sample generations under {describe_strategy(accelerator)}: no process holds the whole model."
+            " Load the adapter afterwards to see what it says (recipes/README.md)"
+        )
+        return 0
+    return wanted
+
+
+def keep_all_copies(accelerator: Accelerator) -> None:
+    """Have `gather_for_metrics` keep all that was gathered, where every process evaluates every record.
+
+    So under tensor parallelism each record counts as often as any other. accelerate would take the copies for padding
+    and cut them off, in the last batch only (1.15).
+    """
+    if is_tensor_parallel(accelerator):
+        accelerator.gather_for_metrics = accelerator.gather
+
+
+def num_copies(accelerator: Accelerator) -> int:
+    """Return how many processes see the same batch; what they count must be divided by it."""
+    return int(accelerator.parallelism_config.tp_size) if is_tensor_parallel(accelerator) else 1
+
+
+def sum_of_replicas(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a number over the processes, each batch counted once.
+
+    Communication: one gather.
+    """
+    return accelerator.gather(value.reshape(1)).sum() / num_copies(accelerator)
+
+
+def configure_plugins(accelerator: Accelerator, model: torch.nn.Module, arguments: LoopArguments) -> None:
+    """Tell FSDP1 and DeepSpeed, before they get the model, what the Trainer would tell them."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "gradient_clipping": arguments.max_grad_norm,
+            "train_micro_batch_size_per_gpu": arguments.per_device_train_batch_size,
+        }
+    elif accelerator.distributed_type == DistributedType.FSDP and isinstance(model, PeftModel):
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 1:
+            # An adapter beside frozen weights in one flat parameter would cost the memory of their gradients.
+            plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+
+
+def _zero_stage(accelerator: Accelerator) -> int:
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else int(plugin.zero_stage)
