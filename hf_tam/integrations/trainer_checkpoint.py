@@ -120,6 +120,8 @@ def require_resumable(
             f"{folder / _MODELS[strategy]} is missing, and with it the model. {_earlier_checkpoint(folder)}"
         )
     if strategy == "deepspeed":
+        if weights_only_wanted:  # DeepSpeed itself asks for its shards
+            return
         harm = deepspeed_checkpoint.first_harm(folder, world_size=world_size)
         if harm is not None:
             raise ValueError(f"{harm}. {_earlier_checkpoint(folder)}")

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
 from hf_tam.integrations.checkpoint_files import invalidate
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
+from hf_tam.integrations.peft import find_wrapped_adapters
 from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
 from hf_tam.integrations.wrapped import find_ours
 
@@ -190,6 +192,8 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
     ours = _uses_ours(trainer)
     if ours:
         refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
+        if trainer.is_fsdp_enabled and "peft" in sys.modules:
+            find_wrapped_adapters()
     if not resume_from_checkpoint:
         return
     from transformers.trainer_utils import get_last_checkpoint

@@ -27,11 +27,9 @@ def run_to_the_end(world, folder, plugin, **options):
     return first
 
 
-# No adapters under FSDP1: there the Trainer does not load their weights, whatever the optimizer is (transformers 5.23,
-# peft 0.21: the names that PEFT asks for lack FSDP1's prefix).
 @pytest.mark.parametrize(
     ("plugin", "lora"),
-    [*((plugin, False) for plugin in PLUGINS), ((2, FULL), True), ((2, SHARDED), True)],
+    [*((plugin, False) for plugin in PLUGINS), *((plugin, True) for plugin in PLUGINS if plugin)],
     ids=lambda value: identify(value) if not isinstance(value, bool) else "lora" if value else "whole",
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(worlds, tmp_path, plugin, lora):
