@@ -39,11 +39,14 @@ def compare(name, optimizer_name, options, lora):
 
 def _train_both(sharding, optimizer_name, options, lora, *, cut=False):
     """Twin and sharded model after their steps, and for each step the collectives that the optimizer asked for."""
-    model = Model(lora)
-    for parameter in model.parameters():  # DeepSpeed's fp32 copy is one of the parameters it has rounded
-        parameter.data = parameter.data.to(sharding.dtype).float()
+    model = Model(lora).to(sharding.stored)
+    if sharding.is_zero:  # its fp32 copy is one of the parameters it has rounded
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(sharding.dtype).float()
     optimizer = make_optimizer(optimizer_name, model, options, num_groups=sharding.num_groups)
-    twin = Trained(model, optimizer, flat=sharding.flat, clip=sharding.clip)
+    # torch's wrappers hand on the gradients that they have clipped, DeepSpeed those before.
+    clip = sharding.clip and (sharding.dtype == torch.float32 or sharding.is_zero)
+    twin = Trained(model, optimizer, flat=sharding.flat, clip=clip)
     sharded = sharding.start(Model(lora), optimizer_name, options, sharding.num_groups)
     calls = []
     for step, batches in enumerate(batches_of_steps()[: CUT_STEPS if cut else None]):

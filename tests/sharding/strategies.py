@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.sharding import zero_engine
@@ -25,6 +32,7 @@ class Sharding:
         clip: Whether gradients are clipped; torch's clipping cannot span tensor-parallel and plain parameters.
         num_groups: Param groups of the optimizer.
         dtype: What forward and backward are computed in.
+        stored: What the optimizer's parameters and moments are kept in.
         steady: Whether every parameter that is used at all is used in every step.
         scopes: The scopes that are possible.
         kinds: The types of what the optimizer steps.
@@ -39,17 +47,23 @@ class Sharding:
     clip: bool = True
     num_groups: int = 1
     dtype: torch.dtype = torch.float32
+    stored: torch.dtype = torch.float32
     steady: bool = False
     scopes: tuple = ("tensor", "model")
     kinds: tuple = field(default=("DTensor",))
 
+    @property
+    def is_zero(self):
+        return self.name.startswith("zero")
 
-def wrapped(shard, *, clip=True):
+
+def wrapped(shard, *, clip=True, dtype=torch.float32):
     """How to start with one of torch's wrappers, after which the optimizer is built."""
 
     def start(model, name, options, num_groups):
         sharded = shard(model)
-        return Trained(sharded, make_optimizer(name, sharded, options, num_groups=num_groups), clip=clip)
+        optimizer = make_optimizer(name, sharded, options, num_groups=num_groups)
+        return Trained(sharded, optimizer, clip=clip, dtype=dtype)
 
     return start
 
@@ -58,20 +72,29 @@ def ddp(model):
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def fsdp1(strategy):
+def fsdp1(strategy, *, mixed=False):
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else None
+
     def shard(model):
         return FullyShardedDataParallel(
-            model, use_orig_params=True, device_id=torch.device("cpu"), sharding_strategy=strategy
+            model,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            sharding_strategy=strategy,
+            mixed_precision=precision,
         )
 
     return shard
 
 
-def fsdp2(*, reshard=True, shape=None, offload=False):
+def fsdp2(*, reshard=True, shape=None, offload=False, mixed=False, stored=torch.float32):
     def shard(model):
+        model = model.to(stored)
         size = torch.distributed.get_world_size()
         mesh = init_device_mesh("cpu", shape or (size,), mesh_dim_names=("replicate", "shard")[-len(shape or (1,)) :])
         options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+        if mixed:
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         fully_shard(model.middle, mesh=mesh, reshard_after_forward=reshard, **options)
         return fully_shard(model, mesh=mesh, reshard_after_forward=reshard, **options)
 
@@ -92,7 +115,9 @@ def fsdp2_on_tensor_parallel(model):
 
 
 def of_wrapper(name, world, shard, **more):
-    return Sharding(name, world, wrapped(shard, clip=more.get("clip", True)), **more)
+    return Sharding(
+        name, world, wrapped(shard, clip=more.get("clip", True), dtype=more.get("dtype", torch.float32)), **more
+    )
 
 
 WRAPPERS = [
@@ -108,6 +133,16 @@ WRAPPERS = [
         for size in (2, 3, 4)
     ),
     of_wrapper("fsdp2-offload-2", 2, fsdp2(offload=True)),
+    of_wrapper("fsdp2-mixed-2", 2, fsdp2(mixed=True), dtype=torch.bfloat16),
+    of_wrapper("fsdp2-bf16-2", 2, fsdp2(stored=torch.bfloat16), dtype=torch.bfloat16, stored=torch.bfloat16),
+    of_wrapper(
+        "fsdp1-mixed-2",
+        2,
+        fsdp1(ShardingStrategy.FULL_SHARD, mixed=True),
+        flat=True,
+        dtype=torch.bfloat16,
+        kinds=("Parameter",),
+    ),
     of_wrapper("hsdp-4", 4, fsdp2(shape=(2, 2))),
     of_wrapper("fsdp2-tp-4", 4, fsdp2_on_tensor_parallel, groups=2, axes=2, clip=False),
     *(of_wrapper(f"tp-{size}", size, tensor_parallel, clip=False, kinds=("DTensor", "Parameter")) for size in (2, 4)),

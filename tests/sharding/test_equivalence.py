@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.sharding import comparing, strategies
-from tests.sharding.trained import Model
+from tests.sharding.trained import Model, batches_of_steps
 
 # One worker runs them all, so that the worlds are started once.
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
@@ -15,6 +16,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
 TORQUE = 1e-6
 PARAMETERS = 1e-5
 # They hold in bf16 too: the optimizer's parameters are fp32 there, and the twin is given the engine's gradients.
+# Where parameters and moments are kept in bf16, the last fp32 bit of a torque may turn the rounding of an element. It
+# then is 2^-8 off, and the angle of a tensor of a dozen elements a fraction of that; it happens about once in a run.
+BF16_TORQUE = 1e-3
+BF16_PARAMETERS = 2**-6  # a turned moment turns parameters in later steps
 OPTIMIZERS = ("AdaTAMW", "AdaTAM", "TAM")
 
 
@@ -50,21 +55,23 @@ def case(sharding, optimizer_name, scope, lora):
 
 def check(worlds, sharding, optimizer_name, scope, lora):
     options = {"weight_decay": 0.1, "scope": scope}
+    exact = sharding.stored == torch.float32
+    torque, parameters = (TORQUE, PARAMETERS) if exact else (BF16_TORQUE, BF16_PARAMETERS)
     results = worlds(sharding.world).run(comparing.compare, sharding.name, optimizer_name, options, lora)
     for result in results:
         assert result["kinds"] == set(sharding.kinds)
         assert result["same_order"]
-        assert result["torque"] <= TORQUE, result
-        assert result["parameters"] <= PARAMETERS, result
+        assert result["torque"] <= torque, result
+        assert result["parameters"] <= parameters, result
         assert result["grad_norm"] <= PARAMETERS, result
         assert max(abs(damping - 0.5) for damping in result["damping"]) > 0.01
         for calls in result["calls"]:
             assert [name for name, _ in calls] == ["all_reduce"] * result["reduces"]
             assert sum(size for _, size in calls) <= 32 * len(result["damping"]) * max(1, sharding.axes)
     if results[0]["reduces"]:
-        assert max(result["cut"]["torque"] for result in results) > 100 * TORQUE, results
+        assert max(result["cut"]["torque"] for result in results) > max(100 * TORQUE, 3 * torque), results
         # In the few steps that are taken without it, TAM's small learning rate does not lead far.
-        assert max(result["cut"]["parameters"] for result in results) > 10 * PARAMETERS, results
+        assert max(result["cut"]["parameters"] for result in results) > min(10 * PARAMETERS, parameters), results
 
 
 @pytest.mark.parametrize(("sharding", "optimizer_name", "scope", "lora"), full_product(strategies.WRAPPERS))
@@ -170,3 +177,45 @@ def test_nan_on_one_rank_is_one_decision(worlds, name):
     sharing = decisions if not name.startswith("hsdp") else decisions[:2]  # replicas are not summed
     assert sharing[0][0] == 1
     assert all(decision == sharing[0] for decision in sharing)
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes every operator that lets the host read a number, and the collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.collectives = [], []
+
+    def begin(self):
+        self.__enter__()  # a hook must return nothing
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if any(word in name for word in ("_local_scalar_dense", "is_nonzero", "aten.nonzero", "aten.equal")):
+            self.reads.append(name)
+        if "c10d" in name:
+            self.collectives.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(name):
+    """What a later step of a capturable optimizer lets the host read."""
+    sharding = strategies.SHARDINGS[name]
+    trained = sharding.start(Model(False), "AdaTAMW", {"capturable": True}, sharding.num_groups)
+    dispatched = Dispatched()
+    for step, batches in enumerate(batches_of_steps()[:3]):
+        if step == 2:
+            trained.optimizer.register_step_pre_hook(lambda *_: dispatched.begin())
+            trained.optimizer.register_step_post_hook(lambda *_: dispatched.__exit__(None, None, None))
+        trained.step(batches, step, use=0)
+    return dispatched.reads, dispatched.collectives
+
+
+@pytest.mark.parametrize("name", ["fsdp1-full_shard-2", "fsdp2-reshard-True-2", "tp-2", "zero2-2", "zero3-2"])
+def test_no_number_of_a_sharded_step_is_read_by_the_host(worlds, name):
+    """As on an accelerator, where reading one would wait for the device; the CPU is made to behave so."""
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    for reads, collectives in worlds(2).run(host_reads, name):
+        assert reads == []
+        assert len(collectives) == 1

@@ -62,11 +62,12 @@ class Trained:
         optimizer: Its optimizer.
         flat: Whether a missing gradient becomes zeros, as in a flat buffer.
         clip: Whether gradients are clipped.
+        dtype: What forward and backward are computed in; by the wrapper, which is given inputs of it.
     """
 
-    def __init__(self, module, optimizer, *, flat=False, clip=True):
+    def __init__(self, module, optimizer, *, flat=False, clip=True, dtype=torch.float32):
         self.module, self.optimizer = module, optimizer
-        self.flat, self.clip = flat, clip
+        self.flat, self.clip, self.dtype = flat, clip, dtype
 
     def step(self, batches, step, *, use, gradients=None):
         """One optimizer step over several batches (gradient accumulation), with a schedule and clipping.
@@ -76,14 +77,16 @@ class Trained:
             step: Counts the steps, for the schedule.
             use: Decides which parameters are used.
             gradients: Taken by name instead of those of `batches`.
+
+        Returns:
+            The gradients by name, whole, as the optimizer got them; None in fp32, where the twin has its own.
         """
         schedule(self.optimizer, step)
         self.optimizer.zero_grad()
-        for batch in batches:
+        for name, parameter in self.module.named_parameters() if gradients is not None else ():
+            parameter.grad = None if gradients[name] is None else gradients[name].to(parameter.dtype)
+        for batch in batches.to(self.dtype) if gradients is None else ():
             (loss_of(self.module(batch, use), batch) / len(batches)).backward()
-        if gradients is not None:
-            for name, parameter in self.module.named_parameters():
-                parameter.grad = gradients[name]
         for parameter in self.module.parameters():
             if self.flat and parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -91,7 +94,19 @@ class Trained:
             self.module.clip_grad_norm_(CLIP)
         elif self.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+        whole = None if self.dtype == torch.float32 else self.whole_gradients()
         self.optimizer.step()
+        return whole
+
+    def whole_gradients(self):
+        """Every gradient by name, None where there is none."""
+        if isinstance(self.module, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(self.module, writeback=False, with_grads=True):
+                return {name: copy_of(value.grad) for name, value in self.module.module.named_parameters()}
+        return {
+            name: copy_of(value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad)
+            for name, value in self.module.named_parameters()
+        }
 
     def whole_parameters(self):
         """Every parameter by name, as the model defines it."""
@@ -102,6 +117,10 @@ class Trained:
             name.removeprefix("module."): (value.full_tensor() if isinstance(value, DTensor) else value).detach()
             for name, value in self.module.named_parameters()
         }
+
+
+def copy_of(gradient):
+    return None if gradient is None else gradient.detach().clone()
 
 
 def schedule(optimizer, step):
