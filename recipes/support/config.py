@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # A run that names none of these is the demo.
-_INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file")
+_INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file", "train_folder")
 
 
 class RecipeParser(HfArgumentParser):

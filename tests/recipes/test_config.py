@@ -5,12 +5,19 @@ import shlex
 import pytest
 import yaml
 
-from recipes import classify, dpo, no_trainer, seq2seq, sft
+from recipes import classify, dpo, no_trainer, seq2seq, sft, vision
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, flags_from_yaml, parse_recipe_arguments
 
 CONFIG_FILES = sorted(CONFIGS.rglob("*.yaml"))
-RECIPES = {"sft.py": sft, "classify.py": classify, "no_trainer.py": no_trainer, "dpo.py": dpo, "seq2seq.py": seq2seq}
+RECIPES = {
+    "sft.py": sft,
+    "classify.py": classify,
+    "no_trainer.py": no_trainer,
+    "dpo.py": dpo,
+    "seq2seq.py": seq2seq,
+    "vision.py": vision,
+}
 
 
 def parse(*argv, recipe=sft):
