@@ -1,10 +1,10 @@
 """Fine-tune an image classifier, with a LoRA adapter or in full.
 
     python recipes/vision.py
-    python recipes/vision.py --architecture mobilenet_v2
+    python recipes/vision.py --architecture vit
     python recipes/vision.py --config recipes/configs/vit-base/lora.yaml --train_folder train --test_folder test
 
-The first two lines are the demo: a small ViT, or another architecture, learns to read digits, offline, in a minute.
+The first two lines are the demo: a small ResNet, or another architecture, learns to read digits, offline, in a minute.
 """
 
 import sys

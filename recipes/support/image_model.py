@@ -19,7 +19,7 @@ from recipes.support.errors import RecipeError
 from recipes.support.task_arguments import VisionModelArguments
 
 _NEW_IMAGE_SIZE = 32
-_PATCHES_ACROSS = 8
+_PATCHES_ACROSS = 4
 
 
 def load(arguments: VisionModelArguments, names: list[str]) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ def make_compute_metrics(tokenizer: PreTrainedTokenizerBase, names: list[str]) -
 def decode(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Decode rows of token ids, padded with `IGNORED` or not at all, without special tokens."""
     rows = [[tokenizer.pad_token_id if token == IGNORED else int(token) for token in row] for row in ids]
-    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def without_timing(metrics: dict[str, float]) -> dict[str, float]:

@@ -112,7 +112,11 @@ def test_reference_is_the_model_without_its_adapter(dpo, monkeypatch):
     assert (trained - expected).abs().min() > 1e-2
 
 
-@pytest.mark.parametrize("more", [(), ("--precompute_ref_log_probs", "true")], ids=["copy", "precomputed"])
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(("--precompute_ref_log_probs", "true"), marks=pytest.mark.slow)],
+    ids=["copy", "precomputed"],
+)
 def test_full_training_compares_with_a_second_copy(more, dpo):
     status, _, error = dpo("--dataset_name", "demo", "--full", "--learning_rate", "1e-3", *more)
     assert status == 0, error
