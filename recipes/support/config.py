@@ -16,6 +16,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # A run that names none of these is the demo.
 _INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file")
+HINT = "(--help lists every flag)"
+# Names that transformers changed within the supported range: the new one, which files use, and the one it had.
+_FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 
 
 class RecipeParser(HfArgumentParser):
@@ -28,7 +31,7 @@ class RecipeParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message alone and exit with argparse's status, 2."""
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
+        self.exit(2, f"error: {message} {HINT}\n")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an argument; a bare percent sign in its help, as transformers 5.2 has, would break --help."""
@@ -91,6 +94,7 @@ def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
         raise ValueError(f"{path} must hold a mapping of arguments, not {type(content).__name__}")
     flags = []
     for key, value in content.items():
+        key = key if key in known else _FORMER_NAMES.get(key, key)
         if key not in known or key == "config":
             raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), known)}")
         flags += _as_flags(key, value)
