@@ -135,7 +135,9 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.pad_token_id = tokenizer.pad_token_id
-    model = models.load_model(AutoModelForSequenceClassification, model_arguments, config=config, new_head=True)
+    model = models.load_model(
+        AutoModelForSequenceClassification, model_arguments, config=config, new_head=True, lora=lora
+    )
     return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_CLS)
 
 

@@ -21,7 +21,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import causal_metrics, generation, models, parallel, sft_data, sft_model, sft_report, training
-from recipes.support.arguments import DEMO, LoraArguments, RunArguments, SftDataArguments, SftModelArguments
+from recipes.support.arguments import DEMO, LoraArguments, SftDataArguments, SftModelArguments, SftRunArguments
 from recipes.support.checkpoints import wants_resume
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import exit_with_one_line
@@ -33,7 +33,7 @@ DEMO_CONFIG = CONFIGS / "demo" / "sft-lora.yaml"
 def make_parser() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     parser = RecipeParser(
-        [RunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
+        [SftRunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
         prog="sft.py",
         description="Fine-tune a causal language model on your records. Without arguments: the embedded demo.",
     )
