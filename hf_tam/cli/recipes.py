@@ -22,7 +22,9 @@ _TITLES = {
 # What every recipe imports; without them its parser cannot be asked.
 _NEEDED = ("transformers", "peft", "datasets", "yaml")
 # Run by a Python of its own, because this package never imports the recipes.
-_VALIDATE = "import sys; sys.path.insert(0, sys.argv.pop(1)); from recipes.support.validate import main; sys.exit(main())"
+_VALIDATE = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from recipes.support.validate import main; sys.exit(main())"
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,14 +37,18 @@ def add_parser(subparsers: Any) -> None:
     action = actions.add_parser("show", help="print a file")
     action.add_argument("name", metavar="NAME", help="as `list` prints it: sft.py, llama3.2-1b/lora, accelerate/ddp")
     action.set_defaults(command=show)
-    action = actions.add_parser("copy", help="write a script with all it needs to run, a configuration or a launch file")
+    action = actions.add_parser(
+        "copy", help="write a script with all it needs to run, a configuration or a launch file"
+    )
     action.add_argument("name", metavar="NAME", help="as `list` prints it")
     action.add_argument("target", metavar="TARGET", nargs="?", default=".", help="folder, or file; default: here")
     action.add_argument("--force", action="store_true", help="replace files that are there and differ")
     action.set_defaults(command=copy)
     action = actions.add_parser("validate", help="check configurations against the arguments of their recipe")
     action.add_argument("files", metavar="FILE", nargs="+")
-    action.add_argument("--recipe", metavar="SCRIPT", help="the recipe; default: that of the header's Launch, or sft.py")
+    action.add_argument(
+        "--recipe", metavar="SCRIPT", help="the recipe; default: that of the header's Launch, or sft.py"
+    )
     action.set_defaults(command=validate)
 
 
@@ -168,7 +174,9 @@ def _sort_by_recipe(paths: list[str], recipe: str | None, files: list[RecipeFile
         script = recipe or recipe_files.recipe_of(Path(path).read_text(encoding="utf-8")) or "sft.py"
         script = script if script.endswith(".py") else f"{script}.py"
         if script not in scripts:
-            raise LookupError(f"{path} is for {script}, which is no recipe: --recipe takes {', '.join(sorted(scripts))}")
+            raise LookupError(
+                f"{path} is for {script}, which is no recipe: --recipe takes {', '.join(sorted(scripts))}"
+            )
         groups.setdefault(script.removesuffix(".py"), []).append(path)
     return groups
 

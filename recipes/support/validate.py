@@ -1,6 +1,6 @@
 """Check configurations against a recipe's own parser; `hf-tam recipes validate` runs this.
 
-    python -m recipes.support.validate sft FILE.yaml [FILE.yaml ...]
+python -m recipes.support.validate sft FILE.yaml [FILE.yaml ...]
 """
 
 import contextlib

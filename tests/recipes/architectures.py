@@ -7,12 +7,21 @@ default of the installed transformers. A configuration whose model is missing he
 from __future__ import annotations
 
 import copy
-import functools
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from peft import TaskType
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from recipes.support import models
+from recipes.support.arguments import LoraArguments
+
+# NF4 with quantised scales: 4 bits, one 8-bit scale for 64 weights, and one of 32 bits for 256 of those.
+BYTES_OF_4_BITS = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
 @dataclass(frozen=True)
@@ -102,18 +111,35 @@ ARCHITECTURES = {
     "Qwen/Qwen3-30B-A3B": Architecture(
         "qwen3_moe",
         decoder(
-            2048, 6144, 48, 32, 4, 151936,
-            head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, tie_word_embeddings=False,
-        ),  # fmt: skip
+            2048,
+            6144,
+            48,
+            32,
+            4,
+            151936,
+            head_dim=128,
+            moe_intermediate_size=768,
+            num_experts=128,
+            num_experts_per_tok=8,
+            tie_word_embeddings=False,
+        ),
         "slime's scripts/models/qwen3-30B-A3B.sh",
         "Qwen3MoeForCausalLM",
     ),
     "Qwen/Qwen3.5-2B": Architecture(
         "qwen3_5_text",
         decoder(
-            2048, 6144, 24, 8, 2, 248320,
-            head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16, tie_word_embeddings=True,
-        ),  # fmt: skip
+            2048,
+            6144,
+            24,
+            8,
+            2,
+            248320,
+            head_dim=256,
+            linear_num_key_heads=16,
+            linear_num_value_heads=16,
+            tie_word_embeddings=True,
+        ),
         "text_config of config.json on the hub as quoted in public repositories",
         "Qwen3_5ForCausalLM",
     ),
@@ -136,7 +162,12 @@ ARCHITECTURES = {
         "gemma4",
         {
             "text_config": decoder(
-                1536, 6144, 35, 8, 1, 262144,
+                1536,
+                6144,
+                35,
+                8,
+                1,
+                262144,
                 head_dim=256,
                 sliding_window=512,
                 layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7,
@@ -151,7 +182,7 @@ ARCHITECTURES = {
         DEEPMIND.format("Gemma4_E2B"),
         "Gemma4ForConditionalGeneration",
         unverified="the encoders of images and sound, which are transformers' defaults (frozen, so only in the total)",
-    ),  # fmt: skip
+    ),
     "mistralai/Mistral-7B-v0.3": Architecture(
         "mistral",
         decoder(4096, 14336, 32, 32, 8, 32768, sliding_window=None, tie_word_embeddings=False),
@@ -161,10 +192,18 @@ ARCHITECTURES = {
     "microsoft/Phi-4-mini-instruct": Architecture(
         "phi3",
         decoder(
-            3072, 8192, 32, 24, 8, 200064,
-            partial_rotary_factor=0.75, tie_word_embeddings=True, bos_token_id=199999, eos_token_id=199999,
+            3072,
+            8192,
+            32,
+            24,
+            8,
+            200064,
+            partial_rotary_factor=0.75,
+            tie_word_embeddings=True,
+            bos_token_id=199999,
+            eos_token_id=199999,
             pad_token_id=199999,
-        ),  # fmt: skip
+        ),
         "config.json on the hub as quoted in public repositories",
         "Phi3ForCausalLM",
     ),
@@ -194,27 +233,36 @@ ARCHITECTURES = {
     ),
     "allenai/Olmo-3-1025-7B": Architecture(
         "olmo3",
-        decoder(
-            4096, 11008, 32, 32, 32, 100278, pad_token_id=100277, eos_token_id=100257, tie_word_embeddings=False
-        ),  # fmt: skip
+        decoder(4096, 11008, 32, 32, 32, 100278, pad_token_id=100277, eos_token_id=100257, tie_word_embeddings=False),
         "transformers' own default but for the vocabulary, which is that of dolma2-tokenizer in public repositories",
         "Olmo3ForCausalLM",
     ),
     "ibm-granite/granite-4.0-1b": Architecture(
         "granitemoehybrid",
         decoder(
-            2048, 4096, 40, 16, 4, 100352,
-            shared_intermediate_size=4096, num_local_experts=0, num_experts_per_tok=0,
-            layer_types=["attention"] * 40, position_embedding_type="rope", tie_word_embeddings=True,
-            pad_token_id=100256, bos_token_id=100257, eos_token_id=100257,
+            2048,
+            4096,
+            40,
+            16,
+            4,
+            100352,
+            shared_intermediate_size=4096,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            layer_types=["attention"] * 40,
+            position_embedding_type="rope",
+            tie_word_embeddings=True,
+            pad_token_id=100256,
+            bos_token_id=100257,
+            eos_token_id=100257,
         ),
         "the metadata of its GGUF file in the registry of ollama",
         "GraniteMoeHybridForCausalLM",
-    ),  # fmt: skip
+    ),
     "openai/gpt-oss-20b": Architecture(
         "gpt_oss",
         decoder(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4),
-        "slime's model file, and config.json on the hub as quoted in public repositories",
+        "config.json on the hub as quoted in public repositories",
         "GptOssForCausalLM",
     ),
     "openai-community/gpt2": Architecture(
@@ -226,8 +274,24 @@ ARCHITECTURES = {
 }
 
 
-@functools.cache
-def real_model(name: str) -> PreTrainedModel:
-    """The real architecture, without memory for its weights."""
+def adapted_model(name: str, lora: LoraArguments) -> Any:
+    """The real architecture with the adapter that a configuration asks for, put there by the recipe's own code."""
+    # A fresh one: peft replaces the layers in place.
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(ARCHITECTURES[name].config(), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config(), dtype=torch.float32)
+        unquantized = dataclasses.replace(lora, load_in_4bit=False, bnb_4bit_use_double_quant=False)
+        return models.add_adapter(model, unquantized, TaskType.CAUSAL_LM)
+
+
+def memory_in_gb(model: Any, lora: LoraArguments) -> float:
+    """Weights, gradients and states by the arithmetic of recipes/README.md; trained ones take 16 bytes a parameter."""
+    trained, total = models.count_parameters(model)
+    if lora.full:
+        return 16 * total / 1e9
+    frozen = {id(param): 2.0 * param.numel() for param in model.parameters() if not param.requires_grad}
+    if lora.load_in_4bit:
+        output = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D) and module is not output and id(module.weight) in frozen:
+                frozen[id(module.weight)] = BYTES_OF_4_BITS * module.weight.numel()
+    return (sum(frozen.values()) + 16 * trained) / 1e9

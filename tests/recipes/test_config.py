@@ -1,10 +1,9 @@
 """One parser for YAML and flags: what overrides what, and how a mistake is answered."""
 
-import shlex
-
 import pytest
 import yaml
 
+from hf_tam.cli import recipe_files
 from recipes import classify, no_trainer, sft
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, flags_from_yaml, parse_recipe_arguments
@@ -22,9 +21,7 @@ def header(path):
 
 
 def recipe_of(path):
-    launch = next(line for line in header(path) if line.startswith("# Launch:"))
-    script = next(word for word in shlex.split(launch) if word.endswith(".py"))
-    return RECIPES[script.removeprefix("recipes/")]
+    return RECIPES[recipe_files.recipe_of(path.read_text())]
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
