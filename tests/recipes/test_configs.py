@@ -47,10 +47,16 @@ def content(path):
     return yaml.safe_load(path.read_text())
 
 
+@functools.cache
+def parser():
+    return sft.make_parser()
+
+
 def parse(*argv):
-    return parse_recipe_arguments(sft.make_parser(), list(argv), demo_config=sft.DEMO_CONFIG)
+    return parse_recipe_arguments(parser(), list(argv), demo_config=sft.DEMO_CONFIG)
 
 
+@functools.cache
 def lora_arguments(path):
     return next(group for group in parse("--config", str(path)) if isinstance(group, LoraArguments))
 
@@ -224,7 +230,7 @@ def test_a_whole_run_ends_with_what_it_reports(path, train, tiny):
     arguments = content(path)
     batch = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
     num_steps = math.ceil(8 / batch) * arguments["num_train_epochs"]
-    assert results["num_steps"] == num_steps
+    assert results["steps"] == num_steps
     assert (output_dir / f"checkpoint-{num_steps}").is_dir()
     assert results["eval_loss"] < 0.985 * results["eval_loss_before"]
     base = output_dir if path.stem == "full" else tiny(path)
