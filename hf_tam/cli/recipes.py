@@ -70,7 +70,7 @@ def list_recipes(parsed: argparse.Namespace) -> int:
     for kind, title in _TITLES.items():
         lines = [f"  {file.name:{width}}  {file.purpose}" for file in files if file.kind == kind]
         if lines:
-            print("\n".join([title, *lines, ""]))
+            _write("\n".join([title, *lines, "", ""]))
     return 0
 
 
@@ -84,7 +84,7 @@ def show(parsed: argparse.Namespace) -> int:
         file = _find(parsed.name)
     except (LookupError, OSError) as error:
         return _complain(_message(error))
-    print(file.path.read_text(encoding="utf-8"), end="")
+    _write(file.path.read_text(encoding="utf-8"))
     return 0
 
 
@@ -162,8 +162,10 @@ def _say_what_to_run(file: RecipeFile, target: Path, *, num_files: int) -> None:
         option = "--deepspeed_config_file" if target.suffix == ".json" else "--config_file"
         print(f"wrote {target}; use it with: accelerate launch {option} {target} ...")
     else:
-        script = recipe_files.recipe_of(file.path.read_text(encoding="utf-8"))
-        print(f"wrote {target}; use it with: python recipes/{script} --config {target} ...")
+        launch = recipe_files.read_header(file.path.read_text(encoding="utf-8"))["Launch"]
+        place = f"recipes/{file.place}"
+        command = launch.replace(place, str(target)) if place in launch else f"{launch} --config {target}"
+        print(f"wrote {target}; use it with: {command}")
 
 
 def _sort_by_recipe(paths: list[str], recipe: str | None, files: list[RecipeFile]) -> dict[str, list[str]]:
@@ -185,6 +187,16 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error.args[0]) if error.args else str(error)
+
+
+def _write(text: str) -> None:
+    """Print `text`; whoever reads only its first lines, as `head` does, gets no traceback."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str) -> int:

@@ -136,5 +136,7 @@ def _as_flags(key: str, value: Any) -> list[str]:
 
 
 def _nearest(name: str, known: list[str], *, prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name, known, n=5)
+    # lora_rank is nearer to local_rank than to lora_r, but the first word is seldom what somebody got wrong.
+    matches = [match for match in matches if match.split("_")[0] == name.split("_")[0]] or matches
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""

@@ -41,6 +41,13 @@ def test_list_by_words_and_in_the_order_of_sizes(capsys):
     assert (status, "no recipe has no-such in its name" in error) == (1, True)
 
 
+def test_reading_the_first_line_alone_is_no_error():
+    command = [sys.executable, "-c", "import sys; from hf_tam.cli import main; sys.exit(main(['recipes', 'list']))"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 0)
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [
@@ -87,6 +94,7 @@ def test_copy_of_a_configuration_says_of_what_it_is(capsys, tmp_path, monkeypatc
     status, output, _ = hf_tam(capsys, "copy", "llama3.2-1b/lora")
     assert status == 0
     assert "python recipes/sft.py --config llama3.2-1b-lora.yaml" in output
+    assert "python recipes/sft.py --config demo.yaml" in hf_tam(capsys, "copy", "demo/sft-lora", "demo.yaml")[1]
     assert "python recipes/sft.py --config mine.yaml" in hf_tam(capsys, "copy", "llama3.2-1b/lora", "mine.yaml")[1]
     assert "accelerate launch --config_file sub/ddp.yaml" in hf_tam(capsys, "copy", "ddp", "sub")[1]
     text = (ROOT / "recipes/configs/llama3.2-1b/lora.yaml").read_text()

@@ -76,6 +76,7 @@ def test_default_optimizer_is_ours():
     ("content", "message"),
     [
         ("learning_rat: 1\n", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("lora_rank: 8\n", "unknown key 'lora_rank'; did you mean lora_r?"),
         ("zzz: 1\n", "unknown key 'zzz'"),
         ("config: other.yaml\n", "unknown key 'config'"),
         ("lora_r: four\n", "invalid int value: 'four'"),
