@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file")
 HINT = "(--help lists every flag)"
 # Names that transformers changed within the supported range: the new one, which files use, and the one it had.
-_FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 
 
 class RecipeParser(HfArgumentParser):
@@ -94,7 +94,7 @@ def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
         raise ValueError(f"{path} must hold a mapping of arguments, not {type(content).__name__}")
     flags = []
     for key, value in content.items():
-        key = key if key in known else _FORMER_NAMES.get(key, key)
+        key = key if key in known else FORMER_NAMES.get(key, key)
         if key not in known or key == "config":
             raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), known)}")
         flags += _as_flags(key, value)
