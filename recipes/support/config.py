@@ -53,7 +53,7 @@ def precision_of_the_launch() -> dict[str, bool]:
     return {name: os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16")}
 
 
-def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config: Path) -> tuple[Any, ...]:
+def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config: Path | None) -> tuple[Any, ...]:
     """Parse `argv` over the YAML file it names; with no model, data or file named, over the demo's.
 
     The file is turned into flags that stand before the user's own, so both are checked by the same parser and the

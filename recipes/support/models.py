@@ -107,7 +107,12 @@ def require_weights(folder: Path) -> None:
 
 
 def parameter_size(parameter: torch.Tensor) -> int:
-    """Return how many numbers a parameter has; ZeRO-3 leaves an empty tensor in its place and notes the size."""
+    """Return how many numbers a parameter has.
+
+    ZeRO-3 leaves an empty tensor in its place and notes the size; one byte of bitsandbytes holds two numbers.
+    """
+    if hasattr(parameter, "quant_storage"):
+        return 2 * parameter.numel() * parameter.element_size()
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
