@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import classification, encoder_demo, models, records, reporting, training
+from recipes.support import adapters, classification, encoder_demo, models, parallel, records, reporting, training
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
@@ -83,12 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=make_compute_metrics(),
     )
+    adapters.use_loraplus(trainer, lora)
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= evaluate_test(trainer, encoded)
     with naming_a_full_disk(output_dir):
         training.save_model(trainer)
         if trainer.is_world_process_zero():
             report(trainer, sizes, metrics, (run, model_arguments, data, lora, arguments), started=started)
+    parallel.leave_group(trainer.accelerator)
     return 0
 
 
@@ -135,7 +137,9 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.pad_token_id = tokenizer.pad_token_id
-    model = models.load_model(AutoModelForSequenceClassification, model_arguments, config=config, new_head=True)
+    model = models.load_model(
+        AutoModelForSequenceClassification, model_arguments, config=config, new_head=True, lora=lora
+    )
     return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_CLS)
 
 
