@@ -27,6 +27,7 @@ ALLOWED = {
         "update", "backends", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters", "logical",
     },
     "optim": {"update", "bucket", "hyperparameters", "torque_aware"},
+    "torque_log": {"torque_aware"},
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}
 
