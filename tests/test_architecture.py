@@ -28,6 +28,7 @@ ALLOWED = {
     },
     "optim": {"update", "bucket", "hyperparameters", "torque_aware"},
     "torque_log": {"torque_aware"},
+    "report": set(),
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}
 
