@@ -67,9 +67,10 @@ class TorqueCallback(TrainerCallback):  # type: ignore[misc]
         if ours is None or logs is None or "loss" not in logs:
             return
         reading = read_torque(ours)
-        logs.update(reading.summary())
+        summary = reading.summary()
+        logs.update(summary)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(reading.summary())
+            state.log_history[-1].update(summary)
         if self._file is not None:
             self._file.append(reading.rows(step=state.global_step, epoch=state.epoch))
 

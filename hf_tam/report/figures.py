@@ -47,14 +47,15 @@ def draw_all(groups: list[Group]) -> list[Picture]:
             evaluations,
             [key.removeprefix("eval_").replace("_", " ") for key in evaluations],
         ),
-        ("gradient-norm", "Gradient norm", ["grad_norm"], ["gradient norm (L2, before clipping)"]),
+        ("gradient-norm", "Gradient norm", ["grad_norm"], ["gradient norm (L2)"]),
     ]
     pictures = []
     for name, title, keys, units in wanted:
         present = [(key, unit) for key, unit in zip(keys, units, strict=True) if any(band(g, key) for g in groups)]
         if present:
             png = {theme: _curves(groups, present, theme) for theme in THEMES}
-            pictures.append(Picture(name, title, "", png))
+            caption = "Of all gradients together, before clipping." if name == "gradient-norm" else ""
+            pictures.append(Picture(name, title, caption, png))
     if any(band(group, "torque/damping_mean") for group in groups):
         png = {theme: _damping(groups, theme) for theme in THEMES}
         caption = "Line: mean over parameter tensors; band: from the 10th to the 90th percentile of the tensors."
@@ -75,6 +76,7 @@ def _curves(groups: list[Group], keys: Sequence[tuple[str, str]], theme: str) ->
             _draw_band(panel, curve, number, theme, marked=key.startswith("eval_"))
         if _spans_magnitudes([value for _, curve in curves for value in curve.low + curve.high]):
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
             unit = f"{unit} (log scale)"
         _label(panel, "optimizer step", unit)
     return _finish(figure, [group.label for group in groups], theme)
