@@ -40,6 +40,7 @@ class Bucket:
         measured: Whether `sums` were taken at all.
         cosine: s_t, shape (n,).
         damping: The damping applied in this step, shape (n,).
+        factor: c_t, the factor on the gradient in this step, shape (n,).
     """
 
     group: dict[str, Any]
@@ -56,6 +57,7 @@ class Bucket:
     measured: bool = True
     cosine: Tensor = field(default_factory=lambda: torch.empty(0))
     damping: Tensor = field(default_factory=lambda: torch.empty(0))
+    factor: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def of(
@@ -138,12 +140,22 @@ class Bucket:
         self.store("torque", torque)
         damping = update.damping(torque)
         coefficient: Tensor = self.group["damping_eps"] + damping
-        if self.active is None:
-            self.damping = damping
-            return coefficient
-        neutral = 1.0 if self.literal else 0.5
-        self.damping = torch.where(self.active, damping, neutral)
-        return torch.where(self.active, coefficient, neutral)
+        if self.active is not None:
+            neutral = 1.0 if self.literal else 0.5
+            damping = torch.where(self.active, damping, neutral)
+            coefficient = torch.where(self.active, coefficient, neutral)
+        if self.keep is not None:  # a torque that stays what it was
+            damping = torch.where(self.keep, damping, update.damping(previous))
+        self.damping, self.factor = damping, coefficient
+        return coefficient
+
+    def effective_learning_rates(self) -> Tensor:
+        """What the learning rate amounts to beside AdamW's or SGD's, shape (n,); NaN where the step is skipped.
+
+        2 lr c_t in the calibrated forms, in which c = 1/2 is neutral; lr c_t in the paper's.
+        """
+        rates = self.learning_rate() * (self.factor if self.literal else 2.0 * self.factor)
+        return rates if self.keep is None else torch.where(self.keep, rates, torch.nan)
 
     def learning_rate(self) -> Scalar:
         """The group's learning rate: a float on the host, otherwise as it is, on the bucket's device."""

@@ -85,8 +85,10 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
-            `names`: the parameters' names, None where unknown. `grad_norm`: 0-d fp32, the global norm of the raw
-            gradients as the step saw them (NaN before the first step, and where nothing needed it any more).
+            `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
+            paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
+            unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
+            first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
             `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
             "tensor", whole steps with scope "model".
         """

@@ -29,7 +29,17 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, get_scheduler, set_seed
 
 from hf_tam import AdaTAMW
-from recipes.support import generation, models, parallel, reporting, sft_data, sft_model, sft_report, state_checkpoints
+from recipes.support import (
+    generation,
+    models,
+    parallel,
+    reporting,
+    sft_data,
+    sft_model,
+    sft_report,
+    speed,
+    state_checkpoints,
+)
 from recipes.support.arguments import (
     DEMO,
     LoopArguments,
@@ -121,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
                 num_steps=log.num_steps,
                 seconds=time.perf_counter() - started,
             )
+            facts |= speed.throughput(train_data, log.num_noted / log.steps_per_epoch, log.seconds)
+            facts |= speed.peak_memory(accelerator.device)
             sft_report.report("no_trainer", output_dir, facts, log.summarise(), samples, groups)
     accelerator.end_training()
     return 0
@@ -197,7 +209,7 @@ def prepare(
     # FSDP2 and DeepSpeed must see the model and its optimizer in one call.
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     state_checkpoints.leave_out_frozen_weights(accelerator)
-    log.plan(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    log.plan(optimizer, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     return Job(accelerator, arguments, model, optimizer, scheduler, train_loader, eval_loader, log)
 
 
@@ -259,9 +271,11 @@ def train_epoch(job: Job, step: int, interruption: Interruption) -> int:
     arguments, epoch = job.arguments, step // job.log.steps_per_epoch
     for window in windows(job, epoch, skip=step % job.log.steps_per_epoch):
         (learning_rate,) = job.scheduler.get_last_lr()
+        started = time.perf_counter()
         loss, grad_norm = train_step(job, window)
+        seconds = time.perf_counter() - started
         step += 1
-        job.log.note_step(step, loss, grad_norm=grad_norm, learning_rate=learning_rate)
+        job.log.note_step(step, loss, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds)
         if interruption.agree(job.accelerator.device) or step == job.log.num_steps:
             break
         if job.log.is_due(step, arguments.eval_strategy, arguments.eval_steps):

@@ -29,6 +29,8 @@ ALLOWED = {
         "logical",
     },
     "optim": {"update", "bucket", "hyperparameters", "torque_aware"},
+    "torque_log": {"torque_aware"},
+    "report": set(),
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from recipes.support import reporting
+from hf_tam import TorqueCallback
+from hf_tam.integrations.transformers import uses_ours
+from recipes.support import reporting, speed
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
 from recipes.support.errors import RecipeError
@@ -43,8 +45,11 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     if trainer.is_fsdp_enabled and is_quantized(trainer.model):  # --fsdp, which comes after the model was loaded
         raise RecipeError("load_in_4bit does not work under FSDP, which cuts the weights: drop one of them.")
     interruption = Interruption()
-    for callback in (InterruptionCallback(interruption), MetricsFileCallback(metrics_path(run, output_dir))):
+    metrics_file = MetricsFileCallback(metrics_path(run, output_dir))
+    for callback in (InterruptionCallback(interruption), metrics_file, speed.TrainingClock()):
         trainer.add_callback(callback)
+    if uses_ours(trainer):  # --optim_args log_torque=false takes it away again
+        trainer.add_callback(TorqueCallback())
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
     if resume_from and trainer.is_world_process_zero():
@@ -86,7 +91,7 @@ def describe_run(
         seconds: wall time of the run.
         num_records: trained on, where a row of the Trainer's dataset is not one.
     """
-    return reporting.describe_run(
+    facts = reporting.describe_run(
         trainer.optimizer,
         sizes,
         strategy=describe_strategy(trainer.accelerator),
@@ -94,6 +99,9 @@ def describe_run(
         num_steps=trainer.state.global_step,
         seconds=seconds,
     )
+    clock = next((item for item in trainer.callback_handler.callbacks if isinstance(item, speed.TrainingClock)), None)
+    measured = {} if clock is None else speed.throughput(trainer.train_dataset, clock.num_epochs, clock.seconds)
+    return {**facts, **measured, **speed.peak_memory(trainer.accelerator.device)}
 
 
 def _leave(number: int, trainer: Trainer) -> None:
