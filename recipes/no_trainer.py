@@ -26,12 +26,14 @@ from datasets import Dataset
 from peft import TaskType
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, get_scheduler, set_seed
+from transformers import DataCollator, get_scheduler, set_seed
 
 from hf_tam import AdaTAMW
 from recipes.support import (
+    adapters,
     generation,
     models,
+    packing,
     parallel,
     reporting,
     sft_data,
@@ -111,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     check_disk_space(output_dir, model, full=lora.full)
 
     log = LoopLog(accelerator, metrics_path(run, output_dir), every=arguments.logging_steps)
-    job = prepare(accelerator, arguments, model, DataCollatorForSeq2Seq(tokenizer), (train_data, validation), log)
+    batches, collate = sft_data.make_batches((train_data, validation), data, tokenizer)
+    job = prepare(accelerator, arguments, model, lora, collate, batches, log)
+    if data.packing:
+        packing.require_separation(job.model, model.config)
     num_prompts = parallel.num_sample_generations(accelerator, data.num_sample_generations)
     prompts = generation.choose_prompts(validation, num_prompts)
     samples = {"prompts": [tokenizer.decode(prompt) for prompt in prompts]}
@@ -179,7 +184,8 @@ def prepare(
     accelerator: Accelerator,
     arguments: LoopArguments,
     model: Any,
-    collate: DataCollatorForSeq2Seq,
+    lora: LoraArguments,
+    collate: DataCollator,
     data: tuple[Dataset, Dataset],
     log: LoopLog,
 ) -> Job:
@@ -196,6 +202,8 @@ def prepare(
         gamma=arguments.gamma,
         scope=arguments.scope,
     )
+    if lora.loraplus_lr_ratio is not None:
+        adapters.scale_learning_rates(optimizer, model, lora.loraplus_lr_ratio)
     warmup = arguments.warmup_steps
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
@@ -214,7 +222,7 @@ def prepare(
 
 
 def make_loaders(
-    arguments: LoopArguments, collate: DataCollatorForSeq2Seq, train_data: Dataset, validation: Dataset
+    arguments: LoopArguments, collate: DataCollator, train_data: Dataset, validation: Dataset
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return the loaders of the training data, shuffled, and of the validation data.
 
@@ -270,7 +278,7 @@ def train_epoch(job: Job, step: int, interruption: Interruption) -> int:
     """
     arguments, epoch = job.arguments, step // job.log.steps_per_epoch
     for window in windows(job, epoch, skip=step % job.log.steps_per_epoch):
-        (learning_rate,) = job.scheduler.get_last_lr()
+        learning_rate, *_ = job.scheduler.get_last_lr()
         started = time.perf_counter()
         loss, grad_norm = train_step(job, window)
         seconds = time.perf_counter() - started

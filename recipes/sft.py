@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run.report(groups)
     if merging.is_all_to_do(run, lora, arguments):
         return merging.merge(output_dir)
+    early_stopping.check_early_stopping(run, arguments)
     resume_from = training.check_run(run, arguments)
     splits = sft_data.load_splits(data, seed=arguments.seed if arguments.data_seed is None else arguments.data_seed)
     if model_arguments.model_name_or_path == DEMO:
