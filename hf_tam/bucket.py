@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.backends import NUM_SUMS, Backend, Entry, Scalar, StepScalars
+from hf_tam.scalars import PackedScalars
 from hf_tam.update import AdamCoefficients, SgdCoefficients
 
 # What a step that changes nothing looks like; `eps` keeps the denominator away from 0.
@@ -29,13 +31,16 @@ class Bucket:
         backend: What executes the step.
         on_host: Whether scalars may be read by the host (the CPU without `capturable`); elsewhere none ever is.
         scalars: The scalar states before this step by name (`step`, `torque`, ...), shape (n,), `accumulator_dtype`.
+        stored: The same as they lie in the optimizer's state, to be written to.
         active: Whether the torque still acts (`torque_steps`), shape (n,), or None where it always does.
         sums: Rows <m, g>, |m|^2, |g|^2, raw |g|^2, shape (n, 4). |m|^2 is of the moment as it is stored.
         present: Whether any rank has a gradient of the tensor, shape (n,), or None where all have one.
         keep: False where the step is skipped, shape (n,), or None where nothing is.
+        clip: The factor on every gradient that clips their global norm, shape (), or None.
         measured: Whether `sums` were taken at all.
         cosine: s_t, shape (n,).
         damping: The damping applied in this step, shape (n,).
+        factor: c_t, the factor on the gradient in this step, shape (n,).
     """
 
     group: dict[str, Any]
@@ -43,22 +48,25 @@ class Bucket:
     backend: Backend
     on_host: bool
     scalars: dict[str, Tensor]
+    stored: dict[str, Tensor]
     active: Tensor | None
     sums: Tensor = field(default_factory=lambda: torch.empty(0, 4))
     present: Tensor | None = None
     keep: Tensor | None = None
+    clip: Tensor | None = None
     measured: bool = True
     cosine: Tensor = field(default_factory=lambda: torch.empty(0))
     damping: Tensor = field(default_factory=lambda: torch.empty(0))
+    factor: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def of(
-        cls, group: dict[str, Any], entries: list[Entry], *, scalars: tuple[str, ...], backend: Backend, on_host: bool
+        cls, group: dict[str, Any], entries: list[Entry], *, packed: PackedScalars, backend: Backend, on_host: bool
     ) -> Bucket:
-        """Gather the scalar states named by `scalars`."""
-        gathered = {key: _gather(entries, key) for key in scalars}
-        limit = group["torque_steps"]
-        return cls(group, entries, backend, on_host, gathered, None if limit is None else gathered["step"] < limit)
+        """Read the scalar states of `entries`, which are the columns of `packed`."""
+        scalars, limit = packed.read(), group["torque_steps"]
+        active = None if limit is None else scalars["step"] < limit
+        return cls(group, entries, backend, on_host, scalars, packed.rows(), active)
 
     @property
     def step(self) -> Tensor:
@@ -79,33 +87,40 @@ class Bucket:
         """Whether any torque still acts. Where the host must not look, yes."""
         return self.active is None or not self.on_host or bool(self.active.any())
 
-    def take_sums(self, *, with_dot: bool) -> Tensor:
+    def take_sums(self, *, with_dot: bool, only_norms: bool = False) -> Tensor:
         """The partial sums of what this rank holds, shape (n, 4).
 
         Args:
             with_dot: Whether every tensor's dot product is needed (a shared angle); otherwise it is taken only where
                 the torque still acts. Sums that nothing needs are not taken; `measured` is then False and all are 0.
+            only_norms: Whether those of the gradients are all that is needed.
         """
         count = len(self.entries)
+        if only_norms:
+            return self.backend.partial_sums(self.entries, with_dot=[False] * count)
         if with_dot or self.active is None or not self.on_host:
             wanted = [True] * count
         else:
             wanted = self.active.tolist()
-        if not any(wanted) and self.group["nonfinite"] == "propagate":
+        if not any(wanted) and self.group["nonfinite"] == "propagate" and self.group["max_grad_norm"] is None:
             self.measured = False
             return self.scalars["step"].new_zeros(count, NUM_SUMS)
         return self.backend.partial_sums(self.entries, with_dot=wanted)
 
-    def angle_sums(self, moment_scale: Tensor) -> Tensor:
-        """Rows <m, g>, |m|^2 and |g|^2, shape (3, n), for m = `moment_scale` * the moment as it is stored."""
-        dot, momentum_sq, grad_sq, _ = self.sums.unbind(1)
-        rows = torch.stack([dot * moment_scale, momentum_sq * moment_scale.square(), grad_sq])
-        return rows if self.present is None else torch.where(self.present, rows, 0.0)
+    def angle_sums(self) -> Sequence[Tensor]:
+        """<m, g>, |m|^2 and |g|^2, shape (n,) each, 0 where no rank has a gradient; m is as it is stored."""
+        rows = self.sums.unbind(1)[:3]
+        return rows if self.present is None else [torch.where(self.present, row, 0.0) for row in rows]
 
     @property
     def raw_grad_sq(self) -> Tensor:
         """|g|^2 of each gradient as the backward pass left it, shape (n,)."""
         return self.sums[:, 3]
+
+    def clipped_square(self) -> Tensor:
+        """What these gradients add to the square of the norm that is clipped, shape (); skipped ones nothing."""
+        squares = self.raw_grad_sq
+        return (torch.where(self.finite(), squares, 0.0) if self.group["nonfinite"] == "skip" else squares).sum()
 
     def finite(self) -> Tensor:
         """Whether each gradient is free of NaN and Inf, shape (n,) bool; one that no rank has is."""
@@ -125,12 +140,22 @@ class Bucket:
         self.store("torque", torque)
         damping = update.damping(torque)
         coefficient: Tensor = self.group["damping_eps"] + damping
-        if self.active is None:
-            self.damping = damping
-            return coefficient
-        neutral = 1.0 if self.literal else 0.5
-        self.damping = torch.where(self.active, damping, neutral)
-        return torch.where(self.active, coefficient, neutral)
+        if self.active is not None:
+            neutral = 1.0 if self.literal else 0.5
+            damping = torch.where(self.active, damping, neutral)
+            coefficient = torch.where(self.active, coefficient, neutral)
+        if self.keep is not None:  # a torque that stays what it was
+            damping = torch.where(self.keep, damping, update.damping(previous))
+        self.damping, self.factor = damping, coefficient
+        return coefficient
+
+    def effective_learning_rates(self) -> Tensor:
+        """What the learning rate amounts to beside AdamW's or SGD's, shape (n,); NaN where the step is skipped.
+
+        2 lr c_t in the calibrated forms, in which c = 1/2 is neutral; lr c_t in the paper's.
+        """
+        rates = self.learning_rate() * (self.factor if self.literal else 2.0 * self.factor)
+        return rates if self.keep is None else torch.where(self.keep, rates, torch.nan)
 
     def learning_rate(self) -> Scalar:
         """The group's learning rate: a float on the host, otherwise as it is, on the bucket's device."""
@@ -151,9 +176,9 @@ class Bucket:
         coefficients = self.masked(coefficients)
         entries = self.entries
         if not self.on_host:
-            scalars = StepScalars.on_device(coefficients, self.keep)
+            scalars = StepScalars.on_device(coefficients, self.keep, clip=self.clip)
         else:
-            scalars = StepScalars.on_host(coefficients)
+            scalars = StepScalars.on_host(coefficients, clip=self.clip)
             if self.keep is not None:
                 kept = [position for position, keep in enumerate(self.keep.tolist()) if keep]
                 entries = [entries[position] for position in kept]
@@ -166,17 +191,12 @@ class Bucket:
         """Write a 1-D tensor back to the scalar states, except where the step is skipped."""
         if self.keep is not None:
             values = torch.where(self.keep, values, self.scalars[key])
-        self.backend.write([entry.state[key] for entry in self.entries], values.unbind())
+        self.stored[key].copy_(values)
 
     def scale_state(self, factor: Tensor) -> None:
         """Multiply every state of every entry by `factor`, shape ()."""
+        for values in self.stored.values():
+            values.mul_(factor)
         for entry in self.entries:
-            moments = [entry.first] if entry.second is None else [entry.first, entry.second]
-            for state in (*moments, *(entry.state[key] for key in self.scalars)):
-                state.mul_(factor)
-
-
-def _gather(entries: list[Entry], key: str) -> Tensor:
-    """One scalar state of every entry as a 1-D tensor of `accumulator_dtype`."""
-    values = torch.stack([entry.state[key] for entry in entries])
-    return values.to(update.accumulator_dtype(values.device))
+            for moment in [entry.first] if entry.second is None else [entry.first, entry.second]:
+                moment.mul_(factor)

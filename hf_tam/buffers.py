@@ -22,13 +22,9 @@ TABLE = "logical_tensors"
 tensor has no state."""
 
 
-def split(entry: Entry, spans: Sequence[Span], *, scalar_states: Sequence[str]) -> list[Entry]:
-    """The entries of the logical tensors in a buffer; their scalar states are views of the buffer's vectors."""
-    columns = {key: entry.state[key].unbind() for key in scalar_states}
-    return [
-        entry.part(*span, state={key: column[position] for key, column in columns.items()})
-        for position, span in enumerate(spans)
-    ]
+def split(entry: Entry, spans: Sequence[Span]) -> list[Entry]:
+    """The entries of the logical tensors in a buffer."""
+    return [entry.part(*span) for span in spans]
 
 
 def save_table(

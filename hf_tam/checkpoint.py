@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hf_tam.sharding import Reducer
     from hf_tam.torque_aware import TorqueAware
 
-_CONSTRUCTORS = ("foreach", "fused", "capturable")
-"""How the step is executed is the constructor's to say, whatever a checkpoint was made with."""
+_CONSTRUCTORS = ("foreach", "fused", "capturable", "max_grad_norm")
+"""How the step is executed, and whether it clips, is the constructor's to say, whatever made a checkpoint."""
 _TORCH_ONLY = ("amsgrad", "differentiable", "nesterov", "dampening")
 
 
@@ -302,7 +302,7 @@ def _export_state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any
 
 
 def _export_group(group: dict[str, Any], optimizer: TorqueAware) -> dict[str, Any]:
-    ours = ("gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite")
+    ours = ("gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite", "max_grad_norm")
     exported = {key: value for key, value in group.items() if key not in ours}
     # torch knows `capturable` on accelerators only; ours works everywhere.
     exported["capturable"] &= any(param.device.type != "cpu" for param in optimizer._params())

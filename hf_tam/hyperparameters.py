@@ -103,6 +103,13 @@ def _torque_steps(name: str, value: object) -> None:
         _refuse(name, value, "None or a whole number >= 0")
 
 
+def _max_grad_norm(name: str, value: object) -> None:
+    if value is not None:
+        number = _number(value)
+        if number is None or not 0.0 < number < math.inf:
+            _refuse(name, value, "None or a finite number > 0")
+
+
 def _optional_flag(name: str, value: object) -> None:
     if value is not None and not isinstance(value, bool):
         _refuse(name, value, "True, False or None")
@@ -134,6 +141,7 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "scope": _one_of(*SCOPES),
     "nonfinite": _one_of(*NONFINITE),
     "torque_steps": _torque_steps,
+    "max_grad_norm": _max_grad_norm,
     "maximize": _flag,
     "capturable": _flag,
     "foreach": _optional_flag,

@@ -82,7 +82,12 @@ class AdaTAMW(_Adaptive):
         nonfinite: What a NaN or Inf in a gradient does. "skip": that tensor (scope "model": the whole step) is left
             untouched, counted and warned of once. "raise": FloatingPointError before anything is changed; reads a
             number every step, so it waits for an accelerator. "propagate": as torch.optim; the torque stays finite
-        all the same. maximize: Ascend instead of descend.
+            all the same.
+        max_grad_norm: Clip the gradients to this global norm inside the step, as torch.nn.utils.clip_grad_norm_ before
+            it would, at next to no cost (the norm comes with the angles, also over shards); the same for all param
+            groups. Tensors that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not.
+            With coupled weight decay the norm is taken first, in a walk and a reduction of its own. None: no clipping.
+        maximize: Ascend instead of descend.
         foreach: Use the multi-tensor backend. None: on accelerators.
         fused: Use the fused backend. None: on the CPU.
         capturable: Never read a number on the host, on any device.
@@ -111,6 +116,7 @@ class AdaTAMW(_Adaptive):
         step_size: Literal["adamw", "paper"] = "adamw",
         torque_steps: int | None = None,
         nonfinite: Nonfinite = "skip",
+        max_grad_norm: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -146,6 +152,7 @@ class AdaTAM(_Adaptive):
         step_size: Literal["adamw", "paper"] = "adamw",
         torque_steps: int | None = None,
         nonfinite: Nonfinite = "skip",
+        max_grad_norm: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -175,6 +182,7 @@ class TAM(TorqueAware):
         step_size: "sgd" or "paper".
         torque_steps: See `AdaTAMW`.
         nonfinite: See `AdaTAMW`.
+        max_grad_norm: See `AdaTAMW`.
         maximize: Ascend instead of descend.
         foreach: Use the multi-tensor backend. None: on accelerators; the CPU uses torch's fused SGD kernel.
 
@@ -203,6 +211,7 @@ class TAM(TorqueAware):
         step_size: Literal["sgd", "paper"] = "sgd",
         torque_steps: int | None = None,
         nonfinite: Nonfinite = "skip",
+        max_grad_norm: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:

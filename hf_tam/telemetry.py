@@ -20,6 +20,7 @@ class _Record(NamedTuple):
     indices: list[int]
     cosine: Tensor
     damping: Tensor
+    effective_lr: Tensor
     raw_grad_sq: Tensor
 
 
@@ -43,7 +44,8 @@ class Telemetry:
         for bucket in buckets:
             indices = [entry.index for entry in bucket.entries]
             raw = bucket.raw_grad_sq if bucket.measured else torch.full_like(bucket.raw_grad_sq, torch.nan)
-            self._records[reducer].append(_Record(indices, bucket.cosine, bucket.damping, raw))
+            rates = bucket.effective_learning_rates()
+            self._records[reducer].append(_Record(indices, bucket.cosine, bucket.damping, rates, raw))
 
     def stats(
         self, torques: Iterable[tuple[Sequence[int], Tensor]], *, names: list[str | None], device: torch.device
@@ -60,6 +62,9 @@ class Telemetry:
         records = [record for records in self._records.values() for record in records]
         cosine = _replaced(nothing, ((record.indices, record.cosine) for record in records))
         damping = _replaced(update.damping(torque), ((record.indices, record.damping) for record in records))
+        unknown = torch.full_like(nothing, torch.nan)
+        rates = _replaced(unknown, ((record.indices, record.effective_lr) for record in records))
+        norms = _replaced(unknown, ((record.indices, record.raw_grad_sq.sqrt()) for record in records))
         total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
         for record in records:
             total_sq = total_sq + record.raw_grad_sq.to(device).sum()
@@ -72,6 +77,8 @@ class Telemetry:
             "cosine": cosine,
             "torque": torque,
             "damping": damping,
+            "effective_lr": rates,
+            "grad_norms": norms,
             "grad_norm": grad_norm.to(torch.float32),
             "skipped": skipped,
         }

@@ -17,7 +17,8 @@ from hf_tam.backends import NUM_SUMS, Entry, select_backend
 from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import Reducer, Span
+from hf_tam.scalars import PackedScalars
+from hf_tam.sharding import LocalReducer, Reducer, Span
 from hf_tam.telemetry import Telemetry
 
 
@@ -49,6 +50,8 @@ class TorqueAware(Optimizer, ABC):
         self._logical = LogicalTensors()
         self._telemetry = Telemetry()
         self._just_loaded = False
+        self._packed: dict[tuple[int, torch.device], PackedScalars] = {}
+        self._whole_entries: dict[int, Entry] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -82,8 +85,10 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
-            `names`: the parameters' names, None where unknown. `grad_norm`: 0-d fp32, the global norm of the raw
-            gradients as the step saw them (NaN before the first step, and where nothing needed it any more).
+            `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
+            paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
+            unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
+            first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
             `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
             "tensor", whole steps with scope "model".
         """
@@ -140,18 +145,26 @@ class TorqueAware(Optimizer, ABC):
             checkpoint.share_scalars(self, reducer)
             self._just_loaded = False
         had_state = bool(self.state)
-        devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
-        for bucket in self._buckets(reducer):
-            devices[bucket.device].append(bucket)
-        self._check_devices(devices)
-        self._reduce(reducer, list(chain.from_iterable(devices.values())))
-        self._refuse_nonfinite(chain.from_iterable(devices.values()))
+        buckets = self._buckets(reducer)
+        self._check_devices(buckets)
         self._telemetry.start(reducer)
-        for buckets in devices.values():
-            self._skip_nonfinite(buckets)
-            self._angles(buckets)
-            self._telemetry.record(reducer, buckets)
-        self._forget_initialisation(list(chain.from_iterable(devices.values())), had_state=had_state)
+        limit = self._max_grad_norm(reducer)
+        if limit is not None and any(entry.coupled_decay for bucket in buckets for entry in bucket.entries):
+            self._reduce_clipped(reducer, buckets, limit)
+            limit = None
+        else:
+            self._reduce(reducer, buckets)
+        self._refuse_nonfinite(buckets)
+        if limit is not None:
+            self._set_clip(buckets, limit)
+        devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
+        for bucket in buckets:
+            devices[bucket.device].append(bucket)
+        for together in devices.values():
+            self._skip_nonfinite(together)
+            self._angles(together)
+        self._telemetry.record(reducer, buckets)
+        self._forget_initialisation(buckets, had_state=had_state)
 
     def _forget_initialisation(self, buckets: list[Bucket], *, had_state: bool) -> None:
         """Undo a step that was taken only to create state.
@@ -183,10 +196,62 @@ class TorqueAware(Optimizer, ABC):
             )
         return reducer
 
-    def _reduce(self, reducer: Reducer, buckets: list[Bucket]) -> None:
-        """Take the partial sums and make them global: once a step on every rank, whatever this rank holds."""
+    def _max_grad_norm(self, reducer: Reducer) -> float | None:
+        limits = {group["max_grad_norm"] for group in self.param_groups}
+        if len(limits) > 1:
+            raise ValueError(
+                f"the param groups have different values of max_grad_norm ({limits}): what is clipped is the norm of "
+                "all gradients together, so give them all the same"
+            )
+        limit: float | None = next(iter(limits))
+        if limit is not None and self._logical.is_partitioned(self.param_groups):
+            raise RuntimeError(
+                f"max_grad_norm={limit} cannot be used with DeepSpeed ZeRO, which hands over a part of the gradients "
+                "at a time and clips them itself: pass max_grad_norm=None, and set gradient_clipping in its config"
+            )
+        return limit
+
+    def _set_clip(self, buckets: list[Bucket], limit: float) -> None:
+        """Give every bucket the factor by which torch.nn.utils.clip_grad_norm_ would scale the gradients."""
+        if not buckets:
+            return
+        device = buckets[0].device
+        squares = torch.stack([bucket.clipped_square().to(device) for bucket in buckets])
+        factor = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
+        for bucket in buckets:
+            bucket.clip = factor.to(bucket.device)
+
+    def _reduce_clipped(self, reducer: Reducer, buckets: list[Bucket], limit: float) -> None:
+        """Clip the gradients themselves, to which a coupled decay is added, before their sums are taken."""
+        self._reduce(reducer, buckets, only_norms=True)
+        self._set_clip(buckets, limit)
+        squares = [bucket.raw_grad_sq for bucket in buckets]
+        for bucket in buckets:
+            assert bucket.clip is not None
+            for entry in bucket.entries:
+                entry.raw_grad.mul_(bucket.clip)
+            bucket.clip = None
+        self._reduce(reducer, buckets)
+        for bucket, square in zip(buckets, squares, strict=True):  # reported is the norm before clipping
+            bucket.sums[:, -1] = square
+
+    def _reduce(self, reducer: Reducer, buckets: list[Bucket], *, only_norms: bool = False) -> None:
+        """Take the partial sums and make them global: once a step on every rank, whatever this rank holds.
+
+        Args:
+            reducer: Makes them global.
+            buckets: The tensors.
+            only_norms: Leave the angles out.
+        """
         shared = any(bucket.group["scope"] == "model" and bucket.any_active() for bucket in buckets)
-        local = [bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model") for bucket in buckets]
+        local = [
+            bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model", only_norms=only_norms)
+            for bucket in buckets
+        ]
+        if isinstance(reducer, LocalReducer):
+            for bucket, sums in zip(buckets, local, strict=True):
+                bucket.set_sums(sums, None)
+            return
         entries = [entry for bucket in buckets for entry in bucket.entries]
         device = next((param.device for param in self._params()), torch.device("cpu"))
         nothing = torch.zeros(0, NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
@@ -202,16 +267,19 @@ class TorqueAware(Optimizer, ABC):
 
     def _angles(self, buckets: list[Bucket]) -> None:
         """One step for the tensors on one device: a cosine each, or one for all of scope "model"."""
-        sums = [bucket.angle_sums(self._moment_scale(bucket)) for bucket in buckets]
-        together = [
-            rows.sum(1) for bucket, rows in zip(buckets, sums, strict=True) if bucket.group["scope"] == "model"
-        ]
-        shared = update.cosine(*torch.stack(together).sum(0)) if together else None
-        for bucket, rows in zip(buckets, sums, strict=True):
+        together = [self._model_sums(bucket) for bucket in buckets if bucket.group["scope"] == "model"]
+        shared = update.cosine(*torch.stack(together).sum(0).unbind()) if together else None
+        for bucket in buckets:
             if shared is not None and bucket.group["scope"] == "model":
                 self._update(bucket, shared.expand(len(bucket.entries)))
             else:
-                self._update(bucket, update.cosine(*rows))
+                self._update(bucket, update.cosine(*bucket.angle_sums()))
+
+    def _model_sums(self, bucket: Bucket) -> Tensor:
+        """<m, g>, |m|^2 and |g|^2 of all tensors of a bucket together, for the paper's m, shape (3,)."""
+        scale = self._moment_scale(bucket)
+        dot, momentum_sq, grad_sq = bucket.angle_sums()
+        return torch.stack([dot * scale, momentum_sq * scale.square(), grad_sq]).sum(1)
 
     def _refuse_nonfinite(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
@@ -246,19 +314,42 @@ class TorqueAware(Optimizer, ABC):
             "Lower the learning rate or look at the batch, or pass nonfinite='skip'"
         )
 
-    def _buckets(self, reducer: Reducer) -> Iterator[Bucket]:
-        index = 0
-        for group in self.param_groups:
+    def _buckets(self, reducer: Reducer) -> list[Bucket]:
+        index, buckets = 0, []
+        if not isinstance(reducer, LocalReducer):  # what was cut in the meantime must not be kept alive whole
+            self._whole_entries.clear()
+        for number, group in enumerate(self.param_groups):
             per_device: defaultdict[torch.device, list[Entry]] = defaultdict(list)
             for param in group["params"]:
                 grad = reducer.gradient(param)
                 if grad is not None:
-                    per_device[param.device] += self._entries(index, param, grad, group, reducer)
+                    entries = self._whole_entry(index, param, grad, group)
+                    per_device[param.device] += entries or self._entries(index, param, grad, group, reducer)
                 index += 1
             for device, entries in per_device.items():
                 on_host = device.type == "cpu" and not group["capturable"]
                 backend = select_backend(device, foreach=group["foreach"], fused=group["fused"], on_host=on_host)
-                yield Bucket.of(group, entries, scalars=self.scalar_states, backend=backend, on_host=on_host)
+                packed = self._pack(number, device, entries)
+                buckets.append(Bucket.of(group, entries, packed=packed, backend=backend, on_host=on_host))
+        return buckets
+
+    def _pack(self, number: int, device: torch.device, entries: list[Entry]) -> PackedScalars:
+        """The scalar states of a bucket, packed anew where they are not those of its last step."""
+        states = list({id(entry.state): entry.state for entry in entries}.values())
+        packed = self._packed.get((number, device))
+        if packed is None or not packed.holds(states):
+            packed = self._packed[number, device] = PackedScalars(states, keys=self.scalar_states)
+        return packed
+
+    def _whole_entry(self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any]) -> list[Entry]:
+        """The entry of the last step, if the parameter and its state still are the same tensors; else none."""
+        entry = self._whole_entries.get(index)
+        if entry is None or grad.is_sparse or not entry.is_current(param, self.state.get(param), self.moments):
+            return []
+        entry.raw_grad = grad
+        entry.coupled_decay = group["weight_decay"] if self.coupled else 0.0
+        entry.maximize = group["maximize"]
+        return [entry]
 
     def _entries(
         self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any], reducer: Reducer
@@ -288,11 +379,13 @@ class TorqueAware(Optimizer, ABC):
             maximize=group["maximize"],
         )
         if spans is None:
+            if isinstance(reducer, LocalReducer):
+                self._whole_entries[index] = entry
             return [entry]
         buffers.load_vectors(
             state, group, spans, defaults=checkpoint.foreign_scalars(self, group), device=param.device
         )
-        return buffers.split(entry, spans, scalar_states=self.scalar_states)
+        return buffers.split(entry, spans)
 
     def _init_state(self, param: Tensor, state: dict[str, Any], spans: Sequence[Span] | None) -> None:
         # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.
@@ -302,8 +395,8 @@ class TorqueAware(Optimizer, ABC):
         for key in self.moments:
             state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
-    def _check_devices(self, devices: dict[torch.device, list[Bucket]]) -> None:
-        shared = [device for device, buckets in devices.items() if any(b.group["scope"] == "model" for b in buckets)]
+    def _check_devices(self, buckets: list[Bucket]) -> None:
+        shared = {bucket.device for bucket in buckets if bucket.group["scope"] == "model"}
         if len(shared) > 1:
             names = ", ".join(sorted(map(str, shared)))
             raise RuntimeError(

@@ -14,24 +14,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import classification, encoder_demo, models, records, reporting, training
+from recipes.support import adapters, classification, encoder_demo, models, parallel, records, reporting, training
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
-from recipes.support.metrics import load_metrics
+from recipes.support.label_metrics import make_compute_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
 
 DEMO_CONFIG = CONFIGS / "demo" / "classify.yaml"
@@ -83,12 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=make_compute_metrics(),
     )
+    adapters.use_loraplus(trainer, lora)
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= evaluate_test(trainer, encoded)
     with naming_a_full_disk(output_dir):
         training.save_model(trainer)
         if trainer.is_world_process_zero():
             report(trainer, sizes, metrics, (run, model_arguments, data, lora, arguments), started=started)
+    parallel.leave_group(trainer.accelerator)
     return 0
 
 
@@ -135,7 +135,9 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.pad_token_id = tokenizer.pad_token_id
-    model = models.load_model(AutoModelForSequenceClassification, model_arguments, config=config, new_head=True)
+    model = models.load_model(
+        AutoModelForSequenceClassification, model_arguments, config=config, new_head=True, lora=lora
+    )
     return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_CLS)
 
 
@@ -151,18 +153,6 @@ def encode_splits(
                 f"{num_cut} of {len(encoded[name])} texts of {split.source} were cut to {data.max_length} tokens"
             )
     return encoded
-
-
-def make_compute_metrics() -> Any:
-    """Return the function that gives the Trainer accuracy and macro-F1."""
-    metrics = load_metrics("accuracy", "macro_f1")
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predicted = np.argmax(prediction.predictions, axis=-1)
-        results = [metric.compute(predictions=predicted, references=prediction.label_ids) for metric in metrics]
-        return {name: value for result in results for name, value in result.items()}
-
-    return compute_metrics
 
 
 def evaluate_test(trainer: Trainer, encoded: dict[str, Any]) -> dict[str, float]:

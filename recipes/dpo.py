@@ -23,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
+    adapters,
     generation,
     models,
     parallel,
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     set_seed(arguments.seed)
     tokenizer = models.load_tokenizer(model_arguments)
-    model = models.load_model(AutoModelForCausalLM, model_arguments)
+    model = models.load_model(AutoModelForCausalLM, model_arguments, lora=lora)
     arguments.max_length = longest_pair(arguments, model)
     train, validation = (preferences.prepare(split, data, tokenizer, limit=arguments.max_length) for split in splits)
     model = models.add_adapter(model, lora, TaskType.CAUSAL_LM)
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
             groups = (run, model_arguments, data, lora, arguments)
             sft_report.report("dpo", output_dir, facts, metrics, samples, groups)
+    parallel.leave_group(trainer.accelerator)
     return 0
 
 
@@ -143,6 +145,7 @@ def make_trainer(
         # TRL takes an adapter that it is given for a trained one, and copies it as the reference (1.16). A new one
         # changes nothing: the model with its adapter switched off is the same, at no cost.
         trainer.model.delete_adapter("ref")
+    adapters.use_loraplus(trainer, lora)
     return trainer
 
 

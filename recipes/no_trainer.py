@@ -26,10 +26,22 @@ from datasets import Dataset
 from peft import TaskType
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, get_scheduler, set_seed
+from transformers import DataCollator, get_scheduler, set_seed
 
 from hf_tam import AdaTAMW
-from recipes.support import generation, models, parallel, reporting, sft_data, sft_model, sft_report, state_checkpoints
+from recipes.support import (
+    adapters,
+    generation,
+    models,
+    packing,
+    parallel,
+    reporting,
+    sft_data,
+    sft_model,
+    sft_report,
+    speed,
+    state_checkpoints,
+)
 from recipes.support.arguments import (
     DEMO,
     LoopArguments,
@@ -101,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     check_disk_space(output_dir, model, full=lora.full)
 
     log = LoopLog(accelerator, metrics_path(run, output_dir), every=arguments.logging_steps)
-    job = prepare(accelerator, arguments, model, DataCollatorForSeq2Seq(tokenizer), (train_data, validation), log)
+    batches, collate = sft_data.make_batches((train_data, validation), data, tokenizer)
+    job = prepare(accelerator, arguments, model, lora, collate, batches, log)
+    if data.packing:
+        packing.require_separation(job.model, model.config)
     num_prompts = parallel.num_sample_generations(accelerator, data.num_sample_generations)
     prompts = generation.choose_prompts(validation, num_prompts)
     samples = {"prompts": [tokenizer.decode(prompt) for prompt in prompts]}
@@ -121,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
                 num_steps=log.num_steps,
                 seconds=time.perf_counter() - started,
             )
+            facts |= speed.throughput(train_data, log.num_noted / log.steps_per_epoch, log.seconds)
+            facts |= speed.peak_memory(accelerator.device)
             sft_report.report("no_trainer", output_dir, facts, log.summarise(), samples, groups)
     accelerator.end_training()
     return 0
@@ -167,7 +184,8 @@ def prepare(
     accelerator: Accelerator,
     arguments: LoopArguments,
     model: Any,
-    collate: DataCollatorForSeq2Seq,
+    lora: LoraArguments,
+    collate: DataCollator,
     data: tuple[Dataset, Dataset],
     log: LoopLog,
 ) -> Job:
@@ -184,6 +202,8 @@ def prepare(
         gamma=arguments.gamma,
         scope=arguments.scope,
     )
+    if lora.loraplus_lr_ratio is not None:
+        adapters.scale_learning_rates(optimizer, model, lora.loraplus_lr_ratio)
     warmup = arguments.warmup_steps
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
@@ -197,12 +217,12 @@ def prepare(
     # FSDP2 and DeepSpeed must see the model and its optimizer in one call.
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     state_checkpoints.leave_out_frozen_weights(accelerator)
-    log.plan(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    log.plan(optimizer, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     return Job(accelerator, arguments, model, optimizer, scheduler, train_loader, eval_loader, log)
 
 
 def make_loaders(
-    arguments: LoopArguments, collate: DataCollatorForSeq2Seq, train_data: Dataset, validation: Dataset
+    arguments: LoopArguments, collate: DataCollator, train_data: Dataset, validation: Dataset
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return the loaders of the training data, shuffled, and of the validation data.
 
@@ -258,10 +278,12 @@ def train_epoch(job: Job, step: int, interruption: Interruption) -> int:
     """
     arguments, epoch = job.arguments, step // job.log.steps_per_epoch
     for window in windows(job, epoch, skip=step % job.log.steps_per_epoch):
-        (learning_rate,) = job.scheduler.get_last_lr()
+        learning_rate, *_ = job.scheduler.get_last_lr()
+        started = time.perf_counter()
         loss, grad_norm = train_step(job, window)
+        seconds = time.perf_counter() - started
         step += 1
-        job.log.note_step(step, loss, grad_norm=grad_norm, learning_rate=learning_rate)
+        job.log.note_step(step, loss, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds)
         if interruption.agree(job.accelerator.device) or step == job.log.num_steps:
             break
         if job.log.is_due(step, arguments.eval_strategy, arguments.eval_steps):

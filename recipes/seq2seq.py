@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import models, seq2seq_data, seq2seq_demo, sft_report, text_metrics, training
+from recipes.support import adapters, models, parallel, seq2seq_data, seq2seq_demo, sft_report, text_metrics, training
 from recipes.support.arguments import DEMO, LoraArguments, ModelArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.generation_max_length = arguments.generation_max_length or data.max_target_length + 1
     arguments.generation_num_beams = arguments.generation_num_beams or data.num_beams
     trainer = make_trainer(model, tokenizer, arguments, data, encoded)
+    adapters.use_loraplus(trainer, lora)
     name, prefix = ("test", "test") if "test" in encoded else ("validation", "eval")
     shown = text_metrics.evenly(encoded[name], data.num_sample_generations)
     samples = {"prompts": text_metrics.decode(shown["input_ids"], tokenizer)}
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
             groups = (run, model_arguments, data, lora, arguments)
             sft_report.report("seq2seq", output_dir, facts, metrics, samples, groups)
+    parallel.leave_group(trainer.accelerator)
     return 0
 
 

@@ -17,11 +17,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from datasets import Dataset
 from peft import TaskType
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import causal_metrics, generation, models, parallel, sft_data, sft_model, sft_report, training
-from recipes.support.arguments import DEMO, LoraArguments, RunArguments, SftDataArguments, SftModelArguments
+from recipes.support import (
+    adapters,
+    causal_metrics,
+    dry_run,
+    early_stopping,
+    generation,
+    hub,
+    merging,
+    models,
+    packing,
+    parallel,
+    sft_data,
+    sft_model,
+    sft_report,
+    training,
+)
+from recipes.support.arguments import DEMO, LoraArguments, SftDataArguments, SftModelArguments, SftRunArguments
 from recipes.support.checkpoints import wants_resume
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import exit_with_one_line
@@ -33,7 +48,7 @@ DEMO_CONFIG = CONFIGS / "demo" / "sft-lora.yaml"
 def make_parser() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     parser = RecipeParser(
-        [RunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
+        [SftRunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
         prog="sft.py",
         description="Fine-tune a causal language model on your records. Without arguments: the embedded demo.",
     )
@@ -58,11 +73,17 @@ def make_parser() -> RecipeParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     started = time.perf_counter()
-    run, model_arguments, data, lora, arguments = parse_recipe_arguments(
-        make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG
-    )
-    resume_from = training.check_run(run, arguments)
+    argv = sys.argv[1:] if argv is None else argv
+    demo_config = None if merging.names_finished_run(argv) else DEMO_CONFIG
+    groups = parse_recipe_arguments(make_parser(), argv, demo_config=demo_config)
+    run, model_arguments, data, lora, arguments = groups
     output_dir = Path(arguments.output_dir)
+    if run.dry_run:
+        return dry_run.report(groups)
+    if merging.is_all_to_do(run, lora, arguments):
+        return merging.merge(output_dir)
+    early_stopping.check_early_stopping(run, arguments)
+    resume_from = training.check_run(run, arguments)
     splits = sft_data.load_splits(data, seed=arguments.seed if arguments.data_seed is None else arguments.data_seed)
     if model_arguments.model_name_or_path == DEMO:
         model_arguments.model_name_or_path = sft_data.prepare_demo_model(
@@ -78,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # The evaluation before the first step is in the log of the run that is continued.
     arguments.eval_on_start = arguments.eval_on_start and resume_from is None
-    trainer = make_trainer(model, tokenizer, arguments, train, validation)
+    trainer = make_trainer(model, tokenizer, groups, (train, validation))
     num_prompts = parallel.num_sample_generations(trainer.accelerator, data.num_sample_generations)
     prompts = generation.choose_prompts(validation, num_prompts)
     samples = {"prompts": [tokenizer.decode(prompt) for prompt in prompts]}
@@ -86,43 +107,74 @@ def main(argv: list[str] | None = None) -> int:
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= last_evaluation(trainer)
     samples["after"] = generation.complete(trainer.model, tokenizer, prompts)
+    facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started, num_records=len(train))
     with naming_a_full_disk(output_dir):
-        training.save_model(trainer)
+        save(trainer, facts, metrics, groups, source=splits[0].source)
         if trainer.is_world_process_zero():
-            facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
-            sft_report.report(
-                "sft", output_dir, facts, metrics, samples, (run, model_arguments, data, lora, arguments)
-            )
-    return 0
+            sft_report.report("sft", output_dir, facts, metrics, samples, groups)
+    is_main = trainer.is_world_process_zero()
+    parallel.leave_group(trainer.accelerator)
+    return merging.merge(output_dir) if run.merge and is_main else 0
 
 
-def make_trainer(
-    model: Any, tokenizer: Any, arguments: TrainingArguments, train: Dataset, validation: Dataset
-) -> Trainer:
+def make_trainer(model: Any, tokenizer: Any, groups: tuple[Any, ...], splits: tuple[Dataset, Dataset]) -> Trainer:
     """Return the Trainer, which reports loss, perplexity and token accuracy at every evaluation."""
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        compute_metrics=causal_metrics.make_compute_metrics(),
-        preprocess_logits_for_metrics=causal_metrics.reduce_logits,
-    )
+    run, _, data, lora, arguments = groups
+    (train, validation), collator = sft_data.make_batches(splits, data, tokenizer)
+    with hub.naming_the_hub(arguments, remedy="log in by `hf auth login`, or drop push_to_hub"):
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            data_collator=collator,
+            compute_metrics=causal_metrics.make_compute_metrics(),
+            preprocess_logits_for_metrics=causal_metrics.reduce_logits,
+        )
     parallel.keep_all_copies(trainer.accelerator)
     trainer.gather_function = trainer.accelerator.gather_for_metrics
     if parallel.is_tensor_parallel(trainer.accelerator):
         # A signal still writes a checkpoint; the Trainer cannot put the optimizer into it.
         trainer.args.save_only_model = True
+    adapters.use_loraplus(trainer, lora)
+    early_stopping.use_early_stopping(trainer, run)
+    if data.packing:
+        if parallel.is_whole(trainer.accelerator):
+            packing.require_separation(model, model.config)
+        else:
+            trainer.add_callback(packing.SeparationCheck())
     return trainer
 
 
+def save(
+    trainer: Trainer, facts: dict[str, Any], metrics: dict[str, float], groups: tuple[Any, ...], *, source: str
+) -> None:
+    """Save the result with its model card, and push it if asked to.
+
+    Communication: under FSDP and ZeRO-3 every process takes part, to bring the pieces together.
+
+    Raises:
+        RecipeError: the adapter that was saved is empty, or the hub does not take it.
+    """
+    output_dir = Path(trainer.args.output_dir)
+
+    def write_card() -> None:
+        hub.write_model_card(output_dir, facts, metrics, groups, source=source)
+
+    hub.use_model_card(trainer, write_card)
+    with hub.naming_the_hub(trainer.args, remedy=f"the result is in {output_dir}; `hf upload` takes a folder"):
+        training.save_model(trainer)
+    if trainer.is_world_process_zero():
+        write_card()  # peft has written one beside the adapter
+
+
 def last_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Return the evaluation after the last step, which may have been made already, and the one before the first."""
+    """Return the evaluation of the result, which may have been made already, and the one before the first step."""
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     before = {f"{name}_before": value for row in rows[:1] if row["step"] == 0 for name, value in row.items()}
-    is_made = bool(rows) and rows[-1]["step"] == trainer.state.global_step
+    went_back = trainer.args.load_best_model_at_end and trainer.state.best_global_step != trainer.state.global_step
+    is_made = bool(rows) and rows[-1]["step"] == trainer.state.global_step and not went_back
     after = rows[-1] if is_made else trainer.evaluate()
     kept = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
     return {name: value for name, value in {**before, **after}.items() if name.removesuffix("_before") in kept}

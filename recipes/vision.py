@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import image_adapter, image_data, image_model, models, reporting, training
+from recipes.support import adapters, image_adapter, image_data, image_model, models, parallel, reporting, training
 from recipes.support.arguments import LoraArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         data_collator=image_data.collate,
         compute_metrics=make_compute_metrics(),
     )
+    adapters.use_loraplus(trainer, lora)
     name, prefix = ("test", "test") if "test" in encoded else ("validation", "eval")
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= trainer.evaluate(encoded[name], metric_key_prefix=prefix)
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if trainer.is_world_process_zero():
             facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
             report(output_dir, facts, metrics, (run, model_arguments, data, lora, arguments))
+    parallel.leave_group(trainer.accelerator)
     return 0
 
 

@@ -18,15 +18,19 @@ ALLOWED = {
     "_version": set(),
     "backends": {"update"},
     "sharding": {"update", "ownership"},
-    "bucket": {"update", "backends"},
+    "scalars": {"update"},
+    "bucket": {"update", "backends", "scalars"},
     "logical": {"ownership", "sharding"},
     "buffers": {"backends", "sharding"},
     "telemetry": {"update", "bucket", "sharding"},
     "checkpoint": {"hyperparameters", "sharding", "torque_aware", "buffers"},
     "torque_aware": {
-        "update", "backends", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters", "logical",
+        "update", "backends", "scalars", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters",
+        "logical",
     },
     "optim": {"update", "bucket", "hyperparameters", "torque_aware"},
+    "torque_log": {"torque_aware"},
+    "report": set(),
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}
 

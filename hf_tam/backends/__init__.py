@@ -42,9 +42,6 @@ class Backend(Protocol):
     def sgd(self, entries: Sequence[Entry], scalars: StepScalars) -> None:
         """`update.sgd_step` for every entry."""
 
-    def write(self, states: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Copy each 0-d value into the 0-d state of its tensor."""
-
 
 def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | None, on_host: bool) -> Backend:
     """The backend for the tensors on `device`.

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
-from hf_tam.backends.entry import Entry, StepScalars
-from hf_tam.backends.foreach import write
+from hf_tam.backends.entry import Entry, Layout, StepScalars
 from hf_tam.update import accumulator_dtype
 
-__all__ = ["adam", "is_dense", "partial_sums", "sgd", "write"]
+__all__ = ["adam", "is_dense", "partial_sums", "sgd"]
 
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and
@@ -47,46 +46,71 @@ def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tenso
 def _tensor_sums(entry: Entry, with_dot: bool) -> list[float]:
     raw = entry.raw_grad
     if not with_dot:
-        raw_sq = _products(raw, raw)[2]
+        raw_sq = _square(raw)
         return [0.0, 0.0, raw_sq, raw_sq]
     grad = entry.grad()
-    dot, momentum_sq, grad_sq = _products(entry.first, grad)
-    raw_sq = grad_sq if grad is raw else _products(raw, raw)[2]
-    return [dot, momentum_sq, grad_sq, raw_sq]
+    dot, momentum_sq, grad_sq = _products(entry, grad)
+    return [dot, momentum_sq, grad_sq, grad_sq if grad is raw else _square(raw)]
 
 
-def _products(left: Tensor, right: Tensor) -> tuple[float, float, float]:
-    """<left, right>, |left|^2, |right|^2 in one walk over memory."""
-    sums = _chunked_products(*_flat_pair(left, right), dtype=torch.promote_types(left.dtype, torch.float32))
+def _products(entry: Entry, grad: Tensor) -> tuple[float, float, float]:
+    """<m, g>, |m|^2 and |g|^2 of the first moment and a gradient, in one walk over memory."""
+    chunks, first = layout_of(entry).chunks, entry.first
+    if chunks and grad.stride() == first.stride():
+        pairs = list(zip(chunks, _chunks(grad), strict=True))
+    else:
+        pairs = list(zip(torch.split(first.reshape(-1), CHUNK), torch.split(grad.reshape(-1), CHUNK), strict=True))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    sums = _chunked_products(pairs, dtype=None if dtype == first.dtype == grad.dtype else dtype)
     low, high = _SAFE_SQUARES
-    if all(low < square < high for square in sums[1:]):
+    if low < sums[1] < high and low < sums[2] < high:
         return sums
     # Rare: overflow, underflow or a non-finite element. fp64 tells them apart; an all-zero tensor stays zero.
-    return _chunked_products(*_flat_pair(left, right), dtype=torch.float64)
+    return _chunked_products(pairs, dtype=torch.float64)
 
 
-def _chunked_products(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> tuple[float, float, float]:
-    dot = left_sq = right_sq = 0.0
-    small = left.numel() <= CHUNK
-    chunks = [(left, right)] if small else zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True)
-    for left_chunk, right_chunk in chunks:
-        left_chunk, right_chunk = left_chunk.to(dtype), right_chunk.to(dtype)
-        right_sq += torch.dot(right_chunk, right_chunk).item()
-        if left is not right:
-            dot += torch.dot(left_chunk, right_chunk).item()
-            left_sq += torch.dot(left_chunk, left_chunk).item()
-    return (right_sq, right_sq, right_sq) if left is right else (dot, left_sq, right_sq)
+def _chunked_products(
+    pairs: Sequence[tuple[Tensor, Tensor]], *, dtype: torch.dtype | None
+) -> tuple[float, float, float]:
+    dot = first_sq = grad_sq = 0.0
+    for first, grad in pairs:
+        if dtype is not None:
+            first, grad = first.to(dtype), grad.to(dtype)
+        dot += torch.dot(first, grad).item()
+        grad_sq += torch.dot(grad, grad).item()
+        first_sq += torch.dot(first, first).item()
+    return dot, first_sq, grad_sq
 
 
-def _flat_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors as one dimension, their elements in the same order."""
-    if left is right and is_dense(left):
-        flat = left.as_strided((left.numel(),), (1,))
-        return flat, flat
-    if left.stride() == right.stride() and is_dense(left) and is_dense(right):
-        return left.as_strided((left.numel(),), (1,)), right.as_strided((right.numel(),), (1,))
-    flat = left.reshape(-1)
-    return flat, flat if left is right else right.reshape(-1)
+def _square(tensor: Tensor) -> float:
+    """|tensor|^2."""
+    chunks = _chunks(tensor) if is_dense(tensor) else torch.split(tensor.reshape(-1), CHUNK)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    low, high = _SAFE_SQUARES
+    total = math.fsum(torch.dot(chunk, chunk).item() for chunk in (chunk.to(dtype) for chunk in chunks))
+    if low < total < high:
+        return total
+    return sum(torch.dot(chunk, chunk).item() for chunk in (chunk.double() for chunk in chunks))
+
+
+def _chunks(dense: Tensor) -> Sequence[Tensor]:
+    """The elements of a dense tensor in memory order, in pieces of `CHUNK`."""
+    count = dense.numel()
+    flat = dense.view(-1) if dense.is_contiguous() else dense.as_strided((count,), (1,))
+    return (flat,) if count <= CHUNK else torch.split(flat, CHUNK)
+
+
+def layout_of(entry: Entry) -> Layout:
+    """How the parameter and its moments lie in memory; found out once for as long as they stay there."""
+    layout, first = entry.layout, entry.first
+    if layout is not None and layout.address == first.data_ptr():
+        return layout
+    param, second = entry.param, entry.second
+    moments = [first] if second is None else [first, second]
+    same = all(moment.dtype == param.dtype and moment.stride() == param.stride() for moment in moments)
+    fits = same and type(param) in (Tensor, torch.nn.Parameter) and is_dense(param)
+    entry.layout = Layout(fits, _chunks(first) if is_dense(first) else (), first.data_ptr())
+    return entry.layout
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -105,19 +129,18 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _fits_kernel(entry: Entry, grad: Tensor, *, dtypes: frozenset[torch.dtype]) -> bool:
     param = entry.param
-    others = [grad, entry.first] if entry.second is None else [grad, entry.first, entry.second]
     return (
-        type(param) in (Tensor, torch.nn.Parameter)
+        layout_of(entry).is_uniform
         and param.dtype in dtypes
-        and is_dense(param)
-        and all(other.dtype == param.dtype and other.stride() == param.stride() for other in others)
+        and grad.dtype == param.dtype
+        and grad.stride() == param.stride()
     )
 
 
 def _aligned_grad(entry: Entry) -> Tensor:
     """The entry's gradient in the parameter's memory order; a copy only where it came in another."""
     grad = entry.grad()
-    if grad.stride() == entry.param.stride() or not is_dense(entry.param):
+    if grad.stride() == entry.param.stride() or not layout_of(entry).is_uniform:
         return grad
     return torch.empty_like(entry.param, dtype=grad.dtype).copy_(grad)
 
@@ -125,33 +148,40 @@ def _aligned_grad(entry: Entry) -> Tensor:
 def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
     """See `Backend.adam`."""
     neutral_step = torch.tensor(math.inf)
+    grad_scale = None if scalars.clip is None else _grad_scale(cast("float", scalars.clip))
     for position, entry in enumerate(entries):
         row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
         beta1, step_size = 1.0 - row["first_weight"], row["step_size"]
         # A weight or step size of 0 leaves the kernel a 0/0 (decay / step_size, 1 - beta1^inf).
         if beta1 == 1.0 or step_size == 0.0 or not _fits_kernel(entry, grad, dtypes=_ADAM_DTYPES):
-            single.adam_tensor(entry, grad, scalars.row(position))
+            single.adam_tensor(entry, scalars.clipped(grad), scalars.row(position))
             continue
         assert entry.second is not None
         torch._fused_adamw_(
             [entry.param], [grad], [entry.first], [entry.second], [], [neutral_step],
             amsgrad=False, maximize=False, lr=step_size, beta1=beta1, beta2=row["second_decay"],
-            weight_decay=(1.0 - row["decay"]) / step_size, eps=row["eps"],
+            weight_decay=(1.0 - row["decay"]) / step_size, eps=row["eps"], grad_scale=grad_scale,
         )  # fmt: skip
         increment_version(entry.param)
 
 
+def _grad_scale(clip: float) -> Tensor:
+    """What torch's kernels divide the gradients by."""
+    return torch.tensor(1.0 / clip if clip else math.inf)
+
+
 def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     """See `Backend.sgd`."""
+    grad_scale = None if scalars.clip is None else _grad_scale(cast("float", scalars.clip))
     for position, entry in enumerate(entries):
         row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
         # Without momentum the kernel leaves the buffer, and with it the gain, aside.
         if row["momentum"] == 0.0 or not _fits_kernel(entry, grad, dtypes=_SGD_DTYPES):
-            single.sgd_tensor(entry, grad, scalars.row(position))
+            single.sgd_tensor(entry, scalars.clipped(grad), scalars.row(position))
             continue
         torch._fused_sgd_(
             [entry.param], [grad], [entry.first],
             weight_decay=0.0, momentum=row["momentum"], lr=row["step_size"], dampening=1.0 - row["gain"],
-            nesterov=False, maximize=False, is_first_step=False,
+            nesterov=False, maximize=False, is_first_step=False, grad_scale=grad_scale,
         )  # fmt: skip
         increment_version(entry.param)

@@ -16,9 +16,9 @@ from torch import Tensor
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.single import partial_sums
 
-__all__ = ["adam", "partial_sums", "sgd", "write"]
+__all__ = ["adam", "partial_sums", "sgd"]
 
-WINDOW = 1 << 24
+_TEMPORARY = 1 << 24
 """Elements handled together: at most 64 MiB for each fp32 temporary, unless one tensor alone is larger."""
 
 
@@ -60,20 +60,15 @@ def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
         _store(stored, (params, firsts))
 
 
-def write(states: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """See `Backend.write`."""
-    torch._foreach_copy_(list(states), list(values))
-
-
 def _windows(entries: Sequence[Entry]) -> Iterator[list[int]]:
-    """Positions of tensors of one dtype, in windows of about `WINDOW` elements."""
+    """Positions of tensors of one dtype, in windows of about `_TEMPORARY` elements."""
     for dtype in dict.fromkeys(entry.param.dtype for entry in entries):
         window: list[int] = []
         size = 0
         for position, entry in enumerate(entries):
             if entry.param.dtype != dtype:
                 continue
-            if window and size + entry.param.numel() > WINDOW:
+            if window and size + entry.param.numel() > _TEMPORARY:
                 yield window
                 window, size = [], 0
             window.append(position)

@@ -53,12 +53,6 @@ def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
         sgd_tensor(entry, scalars.grad(entry, position), scalars.row(position))
 
 
-def write(states: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """See `Backend.write`."""
-    for state, value in zip(states, values, strict=True):
-        state.copy_(value)
-
-
 def sgd_tensor(entry: Entry, grad: Tensor, row: dict[str, Scalar]) -> None:
     """One momentum step of one entry."""
     update.sgd_step(entry.param, grad, entry.first, **row)

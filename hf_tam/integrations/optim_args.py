@@ -33,6 +33,7 @@ _SHARED_KEYS: dict[str, tuple[Callable[[str], OptimArg], str]] = {
     "nonfinite": _WORD,
     "maximize": (_boolean, "true or false"),
     "foreach": _SWITCH,
+    "log_torque": (_boolean, "true or false"),  # for the Trainer, not for the constructor
 }
 _ADAM_KEYS = _SHARED_KEYS | {
     "beta1": _NUMBER,

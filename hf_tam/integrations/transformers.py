@@ -61,6 +61,7 @@ def optimizer_class_and_kwargs(args: Any) -> tuple[type, dict[str, Any]]:
     from hf_tam import optim
 
     values: dict[str, Any] = dict(parse_optim_args(args.optim, args.optim_args))
+    values.pop("log_torque", None)
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optim != "tam":
         betas = (values.pop("beta1", args.adam_beta1), values.pop("beta2", args.adam_beta2))
@@ -171,7 +172,8 @@ def _patch_trainer(module: ModuleType) -> None:
     _announce()
 
 
-def _uses_ours(trainer: Any) -> bool:
+def uses_ours(trainer: Any) -> bool:
+    """Whether a Trainer trains, or will train, with an optimizer of ours."""
     from hf_tam.torque_aware import TorqueAware
 
     if trainer.optimizer is not None:
@@ -188,8 +190,18 @@ def _attach(trainer: Any, model: Any = None) -> None:
         optimizer.attach(trainer.model if model is None else model)
 
 
+def _prepare_torque_log(trainer: Any) -> None:
+    from hf_tam.integrations.torque_callback import arrange_callbacks
+
+    args, wanted = trainer.args, None
+    if args.optim in registered_names:
+        wanted = parse_optim_args(args.optim, args.optim_args).get("log_torque")
+    arrange_callbacks(trainer.callback_handler.callbacks, wanted=None if wanted is None else bool(wanted))
+
+
 def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> None:
-    ours = _uses_ours(trainer)
+    ours = uses_ours(trainer)
+    _prepare_torque_log(trainer)
     if ours:
         refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
         if trainer.is_fsdp_enabled and "peft" in sys.modules:
@@ -224,18 +236,18 @@ def _strategy(trainer: Any) -> Strategy:
 
 def _invalidate_checkpoint(trainer: Any, model: Any = None, trial: Any = None) -> None:
     """A folder that is written a second time holds old and new files until the end."""
-    if trainer.args.should_save and _uses_ours(trainer):
+    if trainer.args.should_save and uses_ours(trainer):
         invalidate(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}")
 
 
 def _wait_for_everyone(trainer: Any, output_dir: str) -> None:
     """The state, by which a checkpoint is known to be complete, is written next, and by the first process alone."""
-    if _uses_ours(trainer):
+    if uses_ours(trainer):
         trainer.accelerator.wait_for_everyone()
 
 
 def _save_checksums(trainer: Any, output_dir: str) -> None:
-    if trainer.args.should_save and _uses_ours(trainer):
+    if trainer.args.should_save and uses_ours(trainer):
         write_checksums(output_dir)
 
 

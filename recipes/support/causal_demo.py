@@ -36,10 +36,8 @@ def demo_records() -> tuple[Records, Records]:
 def build_base(folder: Path, *, num_steps: int = _PRETRAINING_STEPS, show_progress: bool = True) -> None:
     """Build the tokenizer, pretrain the model, and save both to `folder`, which appears whole or not at all."""
     set_seed(_BASE_SEED)
-    paragraphs = animals.make_statements(num_rounds=20, seed=_BASE_SEED)
-    questions, _ = animals.make_questions(seed=_BASE_SEED)
-    tokenizer = _build_tokenizer(paragraphs + [record["prompt"] for record in questions])
-    model = _build_model(tokenizer)
+    paragraphs, tokenizer = _read()
+    model = LlamaForCausalLM(_make_config(tokenizer))
     # The matrices are too small to share among threads; with one the model is the same on any number of cores.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,6 +49,18 @@ def build_base(folder: Path, *, num_steps: int = _PRETRAINING_STEPS, show_progre
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(folder)
+
+
+def describe_base() -> LlamaConfig:
+    """Return the configuration of the model that `build_base` builds."""
+    return _make_config(_read()[1])
+
+
+def _read() -> tuple[list[str], PreTrainedTokenizerFast]:
+    """Return the text for pretraining, and a tokenizer made from it and from the questions."""
+    paragraphs = animals.make_statements(num_rounds=20, seed=_BASE_SEED)
+    questions, _ = animals.make_questions(seed=_BASE_SEED)
+    return paragraphs, _build_tokenizer(paragraphs + [record["prompt"] for record in questions])
 
 
 def _build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -72,22 +82,20 @@ def _build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build a Llama of about 0.9M parameters with random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=_CONTEXT_LENGTH,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def _make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Describe a Llama of about 0.9M parameters."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=_CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

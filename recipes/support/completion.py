@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from recipes.support import chat
 from recipes.support.arguments import SftDataArguments
 from recipes.support.errors import RecipeError
 from recipes.support.records import Records
@@ -76,7 +77,7 @@ def _choose_encoder(records: Records, data: SftDataArguments, tokenizer: PreTrai
     messages, prompt, completion, text = (column or flag.removesuffix("_column") for flag, column in named)
     columns = set(records.dataset.column_names)
     formats: list[tuple[tuple[str, ...], _Encoder]] = [
-        ((messages,), lambda record: _encode_messages(record[messages], tokenizer)),
+        ((messages,), lambda record: _encode_messages(record[messages], tokenizer, data.assistant_only_loss)),
         ((prompt, completion), lambda record: _encode_pair(record[prompt], record[completion], tokenizer)),
         ((text,), lambda record: _encode_text(record[text], tokenizer)),
     ]
@@ -85,6 +86,8 @@ def _choose_encoder(records: Records, data: SftDataArguments, tokenizer: PreTrai
     formats = [entry for entry in formats if not wanted or wanted & set(entry[0])] or formats
     for needed, encoder in formats:
         if columns.issuperset(needed):
+            if needed != (messages,) and (data.assistant_only_loss is not None or data.chat_template is not None):
+                warn(f"{records.source} has no chats: assistant_only_loss and chat_template are without effect")
             return encoder
     raise RecipeError(
         f"{records.source} has none of the columns 'messages', 'prompt' with 'completion', or 'text'; its columns are"
@@ -111,12 +114,20 @@ def _encode_text(text: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
     return ids, list(ids)
 
 
-def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode_messages(
+    messages: Any, tokenizer: PreTrainedTokenizerBase, assistant_only: bool | None
+) -> tuple[list[int], list[int]]:
     turns = checked_turns(messages)
     if tokenizer.chat_template is None:
-        raise BadRecordError("'messages' need a chat template, which this model's tokenizer does not have.")
+        raise BadRecordError(
+            "'messages' need a chat template, which this model's tokenizer does not have: give --chat_template, a file"
+            f" or one of {', '.join(chat.TEMPLATE_NAMES)}."
+        )
     try:
-        if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
+        if assistant_only is False:
+            ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+            mask = [1] * len(ids)
+        elif "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
             rendered = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
             ids, mask = rendered["input_ids"], rendered["assistant_masks"]
         else:
@@ -162,9 +173,7 @@ def _mask_by_prefixes(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenize
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the beginning-of-text token if this tokenizer puts one before a text."""
-    empty = tokenizer("")["input_ids"]
-    return [int(empty[0])] if len(empty) and empty[0] == tokenizer.bos_token_id else []
+    return [int(tokenizer.bos_token_id)] if chat.begins_texts(tokenizer) else []
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,6 +16,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # A run that names none of these is the demo.
 _INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file", "train_folder")
+HINT = "(--help lists every flag)"
+# Names that transformers changed within the supported range: the new one, which files use, and the one it had.
+FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 
 
 class RecipeParser(HfArgumentParser):
@@ -28,7 +31,7 @@ class RecipeParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message alone and exit with argparse's status, 2."""
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
+        self.exit(2, f"error: {message} {HINT}\n")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an argument; a bare percent sign in its help, as transformers 5.2 has, would break --help."""
@@ -50,7 +53,7 @@ def precision_of_the_launch() -> dict[str, bool]:
     return {name: os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16")}
 
 
-def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config: Path) -> tuple[Any, ...]:
+def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config: Path | None) -> tuple[Any, ...]:
     """Parse `argv` over the YAML file it names; with no model, data or file named, over the demo's.
 
     The file is turned into flags that stand before the user's own, so both are checked by the same parser and the
@@ -91,6 +94,7 @@ def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
         raise ValueError(f"{path} must hold a mapping of arguments, not {type(content).__name__}")
     flags = []
     for key, value in content.items():
+        key = key if key in known else FORMER_NAMES.get(key, key)
         if key not in known or key == "config":
             raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), known)}")
         flags += _as_flags(key, value)
@@ -132,5 +136,7 @@ def _as_flags(key: str, value: Any) -> list[str]:
 
 
 def _nearest(name: str, known: list[str], *, prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name, known, n=5)
+    # lora_rank is nearer to local_rank than to lora_r, but the first word is seldom what somebody got wrong.
+    matches = [match for match in matches if match.split("_")[0] == name.split("_")[0]] or matches
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""

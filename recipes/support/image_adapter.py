@@ -1,11 +1,9 @@
 """A LoRA adapter on an image classifier, whose new head is trained whole."""
 
+import dataclasses
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
-from torch import nn
-
-from hf_tam.integrations.peft import find_wrapped_adapters
+from recipes.support import adapters, models
 from recipes.support.arguments import LoraArguments
 from recipes.support.errors import RecipeError
 
@@ -13,32 +11,23 @@ _HEAD = "classifier"
 
 
 def add(model: Any, arguments: LoraArguments) -> Any:
-    """Put a LoRA adapter on the linear and convolutional layers named, or return the model as it is for full training.
+    """Put a LoRA adapter on the layers named, or return the model as it is for full training.
 
-    peft knows no task of images: the head is named here, and "all-linear" resolved without it.
+    peft knows no task of images (0.21): "all-linear" is resolved here without the head, and the head saved by name.
 
     Raises:
-        RecipeError: the model has no layer of the names given.
+        RecipeError: the model has no layer of the names given, or no linear layer but the head.
     """
     if arguments.full:
         return model
-    find_wrapped_adapters()
-    targets: Any = arguments.lora_target_modules
-    if targets == ["all-linear"]:
-        targets = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _HEAD not in name
-        ]
-    config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=targets,
-        modules_to_save=[_HEAD],
-    )
-    try:
+    targets = arguments.lora_target_modules
+    if targets == [adapters.ALL_LINEAR]:
+        targets = [name for name in adapters.linear_names(model) if name != _HEAD]
         if not targets:
-            raise ValueError("it has no linear layer but the head")
-        return get_peft_model(model, config)
-    except ValueError as error:
-        named = " ".join(arguments.lora_target_modules)
-        raise RecipeError(f"lora_target_modules = {named}: {' '.join(str(error).split())}") from error
+            raise RecipeError(
+                "this model has no linear layer but its head: add --full, or name layers by --lora_target_modules."
+            )
+    whole = [*arguments.modules_to_save, _HEAD]
+    return models.add_adapter(
+        model, dataclasses.replace(arguments, lora_target_modules=targets, modules_to_save=whole), None
+    )

@@ -1,10 +1,13 @@
 """The plan of a hand-written loop, and what it tells about its steps: metrics.jsonl and a line on the terminal."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from hf_tam.integrations.wrapped import find_ours
+from hf_tam.torque_log import FILE_NAME, TorqueFile, read_torque
 from recipes.support.parallel import sum_of_replicas
 from recipes.support.reporting import MetricsFile, read_metrics
 
@@ -15,6 +18,8 @@ class LoopLog:
     Attributes:
         num_steps: of the whole run.
         steps_per_epoch: optimizer steps in one pass over the data.
+        seconds: spent in the steps that were noted.
+        num_noted: how many these are.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, *, every: int) -> None:
@@ -24,35 +29,54 @@ class LoopLog:
         self._path = path
         self._every = every
         self._losses: list[torch.Tensor] = []
+        self._optimizer: Any = None
+        self._torque_file = TorqueFile(path.with_name(FILE_NAME))
+        self.seconds, self.num_noted = 0.0, 0
 
-    def plan(self, *, num_steps: int, steps_per_epoch: int) -> None:
-        """Say how long the run is."""
+    def plan(self, optimizer: Any, *, num_steps: int, steps_per_epoch: int) -> None:
+        """Say how long the run is, and whose torque to log."""
+        self._optimizer = optimizer
         self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
 
     def begin(self, step: int) -> None:
         """Begin the file, or go on with it after `step`."""
         if self._accelerator.is_main_process:
             MetricsFile(self._path).begin(step=step)
+            self._torque_file.begin(step=step)
             if step:
                 print(f"resuming after step {step}")
 
-    def note_step(self, step: int, loss: torch.Tensor, *, grad_norm: float | None, learning_rate: float) -> None:
+    def note_step(
+        self, step: int, loss: torch.Tensor, *, grad_norm: float | None, learning_rate: float, seconds: float
+    ) -> None:
         """Note the loss that this process saw; where a log event is due, write the mean of all since the last one.
 
         Communication: one gather of a number where an event is due.
         """
         self._losses.append(loss)
+        self.seconds += seconds
+        self.num_noted += 1
         if step % self._every == 0 or step == self.num_steps:
             mean = sum_of_replicas(self._accelerator, torch.stack(self._losses).mean())
             self._losses.clear()
             norm = {} if grad_norm is None else {"grad_norm": grad_norm}
-            self.write(step, {"loss": float(mean), **norm, "learning_rate": learning_rate})
+            values = {"loss": float(mean), **norm, "learning_rate": learning_rate}
+            self.write(step, values | self._log_torque(step))
+
+    def _log_torque(self, step: int) -> dict[str, float]:
+        """Write a row for each layer group, and return the values to log: what TorqueCallback does under a Trainer."""
+        ours = find_ours(self._optimizer)
+        if ours is None or not self._accelerator.is_main_process:
+            return {}
+        reading = read_torque(ours)
+        self._torque_file.append(reading.rows(step=step, epoch=step / self.steps_per_epoch))
+        return reading.summary()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one event."""
         if self._accelerator.is_main_process:
             MetricsFile(self._path).append({"step": step, "epoch": step / self.steps_per_epoch, **values})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
             print(f"step {step} of {self.num_steps}  {shown}", flush=True)
 
     def is_due(self, step: int, strategy: str, every: int) -> bool:

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import TaskType, get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_tam.integrations.peft import find_wrapped_adapters
+from recipes.support import adapters, quantization
 from recipes.support.arguments import LoraArguments, ModelArguments
 from recipes.support.errors import RecipeError
 
@@ -46,6 +47,7 @@ def load_model(
     config: PreTrainedConfig | None = None,
     new_head: bool = False,
     tp_size: int = 1,
+    lora: LoraArguments | None = None,
 ) -> PreTrainedModel:
     """Load a model by one of transformers' Auto classes.
 
@@ -55,9 +57,10 @@ def load_model(
         config: the model's configuration, where it is not to be the one it was saved with.
         new_head: whether weights whose shape `config` alters start afresh, which transformers lists in a warning.
         tp_size: over how many processes the weights are cut; each loads its own part.
+        lora: where it says so, the weights are held in 4 bits.
 
     Raises:
-        RecipeError: it is neither a folder nor to be had from the hub.
+        RecipeError: it is neither a folder nor to be had from the hub, or cannot be held in 4 bits.
     """
     options: dict[str, Any] = {} if config is None else {"config": config}
     if tp_size > 1:
@@ -65,10 +68,13 @@ def load_model(
 
         options["distributed_config"] = DistributedConfig(tp_size=tp_size)
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if lora is not None and lora.load_in_4bit:
+        computed = getattr(load_config(arguments), "dtype", None) if dtype == "auto" else dtype
+        options |= quantization.load_options(lora, computed or torch.float32, tp_size=tp_size)
     return _load(auto_class, arguments, dtype=dtype, ignore_mismatched_sizes=new_head, **options)
 
 
-def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType) -> Any:
+def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType | None) -> Any:
     """Put a LoRA adapter on `model`, or return it as it is for full fine-tuning.
 
     Raises:
@@ -76,19 +82,15 @@ def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType
     """
     if arguments.full:
         return model
+    if arguments.load_in_4bit and not quantization.is_quantized(model):
+        raise RecipeError("load_in_4bit: this recipe does not load its model in 4 bits: drop it.")
     find_wrapped_adapters()
-    targets = arguments.lora_target_modules
-    config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type=task,
-    )
+    config = adapters.make_config(model, arguments, task)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise RecipeError(f"lora_target_modules = {' '.join(targets)}: {' '.join(str(error).split())}") from error
+        targets = " ".join(arguments.lora_target_modules)
+        raise RecipeError(f"lora_target_modules = {targets}: {' '.join(str(error).split())}") from error
 
 
 def require_weights(folder: Path) -> None:
@@ -105,7 +107,12 @@ def require_weights(folder: Path) -> None:
 
 
 def parameter_size(parameter: torch.Tensor) -> int:
-    """Return how many numbers a parameter has; ZeRO-3 leaves an empty tensor in its place and notes the size."""
+    """Return how many numbers a parameter has.
+
+    ZeRO-3 leaves an empty tensor in its place and notes the size; one byte of bitsandbytes holds two numbers.
+    """
+    if hasattr(parameter, "quant_storage"):
+        return 2 * parameter.numel() * parameter.element_size()
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 from torch import nn
 
+from hf_tam import torque_log
 from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import list_checkpoints
@@ -85,7 +86,7 @@ def remove_earlier_run(output_dir: Path) -> None:
     """Remove the checkpoints and metrics of an earlier run, so that none of them passes for the new one's."""
     for checkpoint in list_checkpoints(output_dir):
         shutil.rmtree(checkpoint)
-    for name in (METRICS_NAME, RESULTS_NAME):
+    for name in (METRICS_NAME, RESULTS_NAME, torque_log.FILE_NAME):
         (output_dir / name).unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.utils.other import fsdp_auto_wrap_policy
 from transformers import PreTrainedConfig
 
+from recipes.support.adapters import is_pattern
 from recipes.support.arguments import LoopArguments, LoraArguments, SftModelArguments
 from recipes.support.errors import RecipeError
 from recipes.support.reporting import warn
@@ -65,6 +66,8 @@ def require_tensor_parallel(config: PreTrainedConfig, lora: LoraArguments, *, sa
             " --save_strategy no (the result is saved all the same)."
         )
     if not lora.full:
+        if is_pattern(lora.lora_target_modules):
+            raise RecipeError("lora_target_modules: under tensor parallelism give names, not a regular expression.")
         _require_column_wise(plan, lora.lora_target_modules)
 
 
@@ -108,6 +111,28 @@ def is_tensor_parallel(accelerator: Accelerator) -> bool:
 def is_whole(accelerator: Accelerator) -> bool:
     """Whether every process holds a whole model outside of a forward pass; not so under FSDP and ZeRO-3."""
     return accelerator.distributed_type != DistributedType.FSDP and _zero_stage(accelerator) != 3
+
+
+def num_pieces(accelerator: Accelerator) -> tuple[int, int, int]:
+    """Return into how many pieces weights, gradients and optimizer states are cut, of which a process holds one."""
+    kind, count = accelerator.distributed_type, accelerator.num_processes
+    if kind == DistributedType.DEEPSPEED:
+        stage = _zero_stage(accelerator)
+        return (count if stage >= 3 else 1), (count if stage >= 2 else 1), (count if stage >= 1 else 1)
+    config = accelerator.parallelism_config
+    if is_tensor_parallel(accelerator):
+        return (config.tp_size,) * 3
+    if kind == DistributedType.FSDP:
+        return (config.dp_shard_size if config is not None and config.dp_replicate_enabled else count,) * 3
+    return 1, 1, 1
+
+
+def leave_group(accelerator: Accelerator) -> None:
+    """End the trackers and the process group, whose threads must not outlive the interpreter.
+
+    Call it once every process has done its last collective. No communication by itself.
+    """
+    accelerator.end_training()
 
 
 def num_sample_generations(accelerator: Accelerator, wanted: int) -> int:

@@ -81,18 +81,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_results(path: Path, results: dict[str, Any], arguments: tuple[Any, ...]) -> None:
     """Write `results` with the settings and versions they were measured with, whole or not at all."""
-    versions = {name: version(name) for name in _REPORTED_PACKAGES}
     content = {
         **results,
-        "settings": {type(group).__name__: _changed_settings(group) for group in arguments},
-        "environment": {"python": platform.python_version(), "threads": torch.get_num_threads(), **versions},
+        "settings": {type(group).__name__: changed_settings(group) for group in arguments},
+        "environment": {"threads": torch.get_num_threads(), **versions()},
     }
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
-def _changed_settings(group: Any) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _REPORTED_PACKAGES}}
+
+
+def changed_settings(group: Any) -> dict[str, Any]:
     """Every argument of a group; of TrainingArguments, which has 130, those that differ from their default."""
     if not isinstance(group, TrainingArguments):
         return dataclasses.asdict(group)

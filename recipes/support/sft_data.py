@@ -4,9 +4,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import DataCollator, DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
-from recipes.support import causal_demo, completion, records, reporting
+from recipes.support import causal_demo, chat, completion, packing, records, reporting
 from recipes.support.arguments import DEMO, SftDataArguments
 from recipes.support.errors import RecipeError
 
@@ -35,12 +35,30 @@ def encode_splits(
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
 ) -> tuple[Dataset, Dataset]:
-    """Tokenise both splits, within the context of the model that `config` describes; see `encode_records`."""
+    """Tokenise both splits, within the context of the model that `config` describes; see `encode_records`.
+
+    With `chat_template` the tokenizer gets that one, and is saved with it.
+    """
+    if data.chat_template is not None:
+        tokenizer.chat_template = chat.load_template(data.chat_template, tokenizer)
     context_length = getattr(config, "max_position_embeddings", None)
     train, validation = (
         completion.encode_records(split, data, tokenizer, context_length=context_length) for split in splits
     )
     return train, validation
+
+
+def make_batches(
+    splits: tuple[Dataset, Dataset], data: SftDataArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[Dataset, Dataset], DataCollator]:
+    """Return what goes into batches, and how: records as they are, or with `packing` rows of several."""
+    if not data.packing:
+        return splits, DataCollatorForSeq2Seq(tokenizer)
+    # What is over the model's context has been cut off, so that no record is longer than a row.
+    longest = max(max(packing.lengths(split)) for split in splits)
+    train, validation = (packing.pack(split, max(longest, data.max_length)) for split in splits)
+    reporting.announce(f"packing: {len(splits[0])} records in {len(train)} rows of up to {data.max_length} tokens")
+    return (train, validation), packing.PackedCollator(tokenizer.pad_token_id)
 
 
 def prepare_demo_model(output_dir: Path, *, keep: bool, show_progress: bool) -> str:

@@ -23,4 +23,4 @@ def load(arguments: SftModelArguments, lora: LoraArguments, *, saves_state: bool
     tp_size = parallel.tensor_parallel_size(arguments)
     if tp_size > 1:
         parallel.require_tensor_parallel(models.load_config(arguments), lora, saves_state=saves_state)
-    return tokenizer, models.load_model(AutoModelForCausalLM, arguments, tp_size=tp_size)
+    return tokenizer, models.load_model(AutoModelForCausalLM, arguments, tp_size=tp_size, lora=lora)

@@ -6,13 +6,17 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from recipes.support import reporting
+from hf_tam import TorqueCallback
+from hf_tam.integrations.transformers import uses_ours
+from recipes.support import reporting, speed
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
+from recipes.support.errors import RecipeError
 from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop, checkpoint_written
 from recipes.support.models import require_weights
 from recipes.support.output import check_output_directory, metrics_path, naming_a_full_disk, remove_earlier_run
-from recipes.support.parallel import describe_strategy
+from recipes.support.parallel import describe_strategy, leave_group
+from recipes.support.quantization import is_quantized
 from recipes.support.reporting import MetricsFileCallback
 
 
@@ -33,14 +37,19 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     """Train, and return the Trainer's metrics; a signal ends the process here, after a checkpoint.
 
     Raises:
-        RecipeError: the disk filled up.
+        RecipeError: the disk filled up, or weights of 4 bits were to be cut.
         SystemExit: 128 + signal after Ctrl-C or SIGTERM, as a shell reports them, so that nothing that waits for a
             finished run goes on.
     """
     output_dir = Path(trainer.args.output_dir)
+    if trainer.is_fsdp_enabled and is_quantized(trainer.model):  # --fsdp, which comes after the model was loaded
+        raise RecipeError("load_in_4bit does not work under FSDP, which cuts the weights: drop one of them.")
     interruption = Interruption()
-    for callback in (InterruptionCallback(interruption), MetricsFileCallback(metrics_path(run, output_dir))):
+    metrics_file = MetricsFileCallback(metrics_path(run, output_dir))
+    for callback in (InterruptionCallback(interruption), metrics_file, speed.TrainingClock()):
         trainer.add_callback(callback)
+    if uses_ours(trainer):  # --optim_args log_torque=false takes it away again
+        trainer.add_callback(TorqueCallback())
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
     if resume_from and trainer.is_world_process_zero():
@@ -71,16 +80,28 @@ def save_model(trainer: Trainer) -> None:
         require_weights(Path(trainer.args.output_dir))
 
 
-def describe_run(trainer: Trainer, sizes: tuple[int, int], *, seconds: float) -> dict[str, Any]:
-    """Return what was trained, how and by which optimizer; see `reporting.describe_run`."""
-    return reporting.describe_run(
+def describe_run(
+    trainer: Trainer, sizes: tuple[int, int], *, seconds: float, num_records: int | None = None
+) -> dict[str, Any]:
+    """Return what was trained, how and by which optimizer; see `reporting.describe_run`.
+
+    Args:
+        trainer: after training.
+        sizes: numbers of parameters, trained and all.
+        seconds: wall time of the run.
+        num_records: trained on, where a row of the Trainer's dataset is not one.
+    """
+    facts = reporting.describe_run(
         trainer.optimizer,
         sizes,
         strategy=describe_strategy(trainer.accelerator),
-        num_records=len(trainer.train_dataset),
+        num_records=len(trainer.train_dataset) if num_records is None else num_records,
         num_steps=trainer.state.global_step,
         seconds=seconds,
     )
+    clock = next((item for item in trainer.callback_handler.callbacks if isinstance(item, speed.TrainingClock)), None)
+    measured = {} if clock is None else speed.throughput(trainer.train_dataset, clock.num_epochs, clock.seconds)
+    return {**facts, **measured, **speed.peak_memory(trainer.accelerator.device)}
 
 
 def _leave(number: int, trainer: Trainer) -> None:
@@ -88,4 +109,5 @@ def _leave(number: int, trainer: Trainer) -> None:
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
         outcome = checkpoint_written(folder, resumable=not trainer.args.save_only_model)
         announce_stop(number, num_steps=trainer.state.global_step, of=trainer.state.max_steps, outcome=outcome)
+    leave_group(trainer.accelerator)
     sys.exit(128 + number)

@@ -69,6 +69,9 @@ def main():
     }
     with open(os.path.join(args.output_dir, f"report-{args.process_index}.json"), "w") as file:
         json.dump(report, file)
+    # Without this gloo's threads may outlive the interpreter, which then aborts: "terminate called without ...".
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

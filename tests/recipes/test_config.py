@@ -1,13 +1,12 @@
 """One parser for YAML and flags: what overrides what, and how a mistake is answered."""
 
-import shlex
-
 import pytest
 import yaml
 
+from hf_tam.cli import recipe_files
 from recipes import classify, dpo, no_trainer, seq2seq, sft, vision
 from recipes.support.arguments import DatasetArguments, LoraArguments
-from recipes.support.config import CONFIGS, flags_from_yaml, parse_recipe_arguments
+from recipes.support.config import CONFIGS, FORMER_NAMES, flags_from_yaml, parse_recipe_arguments
 
 CONFIG_FILES = sorted(CONFIGS.rglob("*.yaml"))
 RECIPES = {
@@ -29,16 +28,15 @@ def header(path):
 
 
 def recipe_of(path):
-    launch = next(line for line in header(path) if line.startswith("# Launch:"))
-    script = next(word for word in shlex.split(launch) if word.endswith(".py"))
-    return RECIPES[script.removeprefix("recipes/")]
+    return RECIPES[recipe_files.recipe_of(path.read_text())]
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configuration_is_understood_key_by_key(path, tmp_path):
     run, *groups = parse("--config", str(path), f"--output_dir={tmp_path}", recipe=recipe_of(path))
     values = {name: value for group in groups for name, value in vars(group).items()}
-    for name, value in yaml.safe_load(path.read_text()).items():
+    for key, value in yaml.safe_load(path.read_text()).items():
+        name = key if key in values else FORMER_NAMES.get(key, key)
         if name == "output_dir":
             assert values[name] == str(tmp_path)
         elif name == "overwrite":
@@ -86,6 +84,7 @@ def test_default_optimizer_is_ours():
     ("content", "message"),
     [
         ("learning_rat: 1\n", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("lora_rank: 8\n", "unknown key 'lora_rank'; did you mean lora_r?"),
         ("zzz: 1\n", "unknown key 'zzz'"),
         ("config: other.yaml\n", "unknown key 'config'"),
         ("lora_r: four\n", "invalid int value: 'four'"),
@@ -140,6 +139,13 @@ def test_values_of_yaml_become_flags(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("a: -1\nb: [x, y]\nc: {k: 1}\nd: false\ne: null\n")
     assert flags_from_yaml(config, known=list("abcde")) == ["--a=-1", "--b", "x", "y", '--c={"k": 1}', "--d=false"]
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_key_that_older_versions_of_transformers_call_otherwise(name, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("activation_checkpointing: true\n")
+    assert flags_from_yaml(config, known=[name]) == [f"--{name}=true"]
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])

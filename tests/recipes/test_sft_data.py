@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from recipes.support.arguments import SftDataArguments
+from recipes.support.chat import load_template
 from recipes.support.completion import IGNORED, encode_records
 from recipes.support.errors import RecipeError
 from recipes.support.records import Records, load_file
@@ -69,6 +70,53 @@ def test_loss_is_on_the_assistant_only(template, tokenizer):
     (row,) = encode([{"messages": CHAT}], tokenizer)
     eos = tokenizer.eos_token
     assert targets(row, tokenizer) == f"The owl eats rodents.{eos}The goat eats grass.{eos}"
+
+
+def test_loss_is_on_every_turn_if_asked_for(tokenizer):
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    (row,) = encode([{"messages": CHAT}], tokenizer, assistant_only_loss=False)
+    assert row["labels"] == row["input_ids"]
+
+
+def test_option_for_chats_without_chats_is_a_warning(tokenizer, capsys):
+    encode([PAIR], tokenizer, assistant_only_loss=True)
+    assert "assistant_only_loss and chat_template are without effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_template_by_name_marks_the_assistant(name, tiny_model, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    load_template(name, tokenizer)
+    assert ("spelled in pieces" in capsys.readouterr().err) == (name == "chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = load_template(name, tokenizer)
+    assert capsys.readouterr().err == ""
+    (row,) = encode([{"messages": CHAT}], tokenizer)
+    end = "<|im_end|>" if name == "chatml" else tokenizer.eos_token
+    space = "" if name == "chatml" else " "
+    assert targets(row, tokenizer) == f"{space}The owl eats rodents.{end}{space}The goat eats grass.{end}"
+    prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(CHAT[:2], tokenize=False).startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "not one of chatml, plain"), ("", "the file is empty"), ("a\n{% for %}", "line 2: no Jinja template")],
+)
+def test_bad_template_is_named(content, message, tokenizer, tmp_path):
+    path = tmp_path / "template.jinja"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_template(str(path), tokenizer)
+
+
+def test_template_is_saved_with_the_result(sft, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", *([{"messages": CHAT}] * 8))
+    (tmp_path / "mine.jinja").write_text(GENERATION_TEMPLATE)
+    status, _, error = sft("--train_file", path, "--chat_template", tmp_path / "mine.jinja")
+    assert status == 0, error
+    assert AutoTokenizer.from_pretrained(sft.output_dir).chat_template == GENERATION_TEMPLATE
 
 
 def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -252,6 +253,22 @@ def trainer_twin(folder, optim, scope, lora):
     trainer = make_trainer(folder, model=model_of(lora), **options)
     trainer.train()
     return outcome(unwrapped(trainer), trainer.model)
+
+
+def torque_rows(folder, output, name, lora):
+    """What the TorqueCallback of a Trainer writes, read by every rank; `name` None: one process, whole batches."""
+    way = WAYS[name] if name else Way(1, "Parameter")
+    rows = GLOBAL_BATCH // way.world
+    options = {**OPTIONS, "optim_args": "log_torque=true", "per_device_train_batch_size": rows, "logging_steps": 4}
+    with strategy(way) if name else contextlib.nullcontext():
+        trainer = make_trainer(output, model=model_of(lora, folder, way), **options, **trainer_options(way))
+        trainer.train()
+        trainer.accelerator.wait_for_everyone()
+        return {
+            "kind": kind_of(unwrapped_twice(trainer.optimizer), way),
+            "lines": Path(output, "torque.jsonl").read_text().splitlines(),
+            "logs": [row for row in trainer.state.log_history if "torque/damping_mean" in row],
+        }
 
 
 def accelerator_twin(optim, scope, lora):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import pytest
 import torch
@@ -57,6 +58,28 @@ def test_the_numbers_are_those_of_one_process(worlds, saved_model, framework, na
         for parameter, values in expected["parameters"].items():
             actual, whole = torch.tensor(result["parameters"][parameter]), torch.tensor(values)
             assert (actual.reshape(-1) - whole.reshape(-1)).abs().max() <= PARAMETERS * whole.abs().max(), parameter
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_the_torque_log_is_that_of_one_process(worlds, saved_model, tmp_path, name):
+    """The same layer groups, and angles, dampings, learning rates and gradient norms of whole tensors."""
+    if runs.WAYS[name].stage:
+        pytest.importorskip("deepspeed")
+    alone = runs.torque_rows(saved_model, str(tmp_path / "alone"), None, True)
+    results = worlds(2).run(runs.torque_rows, saved_model, str(tmp_path / "shared"), name, True)
+    assert [result["kind"] for result in results] == [runs.WAYS[name].kind] * 2
+    expected, actual = ([json.loads(line) for line in found["lines"]] for found in (alone, results[0]))
+    groups = [f"model.layers.0.{part}.{side}" for part in ("self_attn", "mlp") for side in ("lora_A", "lora_B")]
+    assert [(row["step"], row["group"]) for row in expected] == [
+        (at, group) for at in range(4, 21, 4) for group in groups
+    ]
+    for left, right in zip(expected, actual, strict=True):
+        assert right == pytest.approx(left, rel=1e-4, abs=1e-5), left["step"]
+    for result in results:
+        for left, right in zip(alone["logs"], result["logs"], strict=True):
+            assert {key: value for key, value in right.items() if key.startswith("torque/")} == pytest.approx(
+                {key: value for key, value in left.items() if key.startswith("torque/")}, rel=1e-4, abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("run", [runs.trainer_with_deepspeed, runs.accelerator_with_deepspeed])

@@ -1,0 +1,121 @@
+"""An adapter and its base as one model, which must say what the two say together."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from recipes.support import models, reporting
+from recipes.support.arguments import LoraArguments, SftModelArguments, SftRunArguments
+from recipes.support.checkpoints import wants_resume
+from recipes.support.errors import RecipeError
+from recipes.support.output import RESULTS_NAME, naming_a_full_disk
+
+MERGED_NAME = "merged"
+# How far a logit may be off, as a share of the largest: the sum of base and adapter is rounded to the base's type.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_TEXTS = ("The", "In the morning the", "1, 2, 3,")
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether `output_dir` holds the adapter of a run that came to its end."""
+    return all((output_dir / name).is_file() for name in ("adapter_config.json", RESULTS_NAME))
+
+
+def names_finished_run(argv: list[str]) -> bool:
+    """Whether `argv` asks to merge, and its output_dir holds a finished run: then the demo does not step in."""
+    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scanner.add_argument("--merge", nargs="?", const="true", default="false")
+    scanner.add_argument("--output_dir", "--output-dir")
+    found = scanner.parse_known_args(argv)[0]
+    return (
+        found.merge.lower() in ("true", "1", "yes") and bool(found.output_dir) and is_finished(Path(found.output_dir))
+    )
+
+
+def is_all_to_do(run: SftRunArguments, lora: LoraArguments, arguments: Any) -> bool:
+    """Whether the run is finished and only to be merged: nobody asked to repeat or to continue it.
+
+    Raises:
+        RecipeError: there is no adapter to merge.
+    """
+    if run.merge and lora.full:
+        raise RecipeError("merge: full trains no adapter, the result is one model already: drop merge.")
+    wanted = run.overwrite or wants_resume(arguments.resume_from_checkpoint)
+    return run.merge and not wanted and is_finished(Path(arguments.output_dir))
+
+
+def merge(output_dir: Path) -> int:
+    """Merge the adapter in `output_dir` into its base, as output_dir/merged, which appears whole or not at all.
+
+    A base in 4 bits is brought back to the type in which its layers compute: the result is the model that was
+    trained, not the original base with the adapter. Runs on one process.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        RecipeError: base or adapter cannot be loaded, or the result does not give the same logits.
+    """
+    unset_hf_deepspeed_config()  # else every process would have to load its part
+    model_arguments, lora = _arguments_of_the_run(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    base = models.load_model(AutoModelForCausalLM, model_arguments, lora=lora)
+    expected = _logits(PeftModel.from_pretrained(base, output_dir), tokenizer)
+    if lora.load_in_4bit:
+        base = models.load_model(AutoModelForCausalLM, model_arguments, lora=lora).dequantize()
+    else:
+        base = models.load_model(AutoModelForCausalLM, model_arguments)
+    merged = PeftModel.from_pretrained(base, output_dir).merge_and_unload(safe_merge=True)
+    partial = output_dir / f"{MERGED_NAME}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with naming_a_full_disk(output_dir):
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    del base, merged
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype="auto")
+    difference = _compare(expected, _logits(reloaded, tokenizer), TOLERANCE[reloaded.dtype], partial)
+    shutil.rmtree(output_dir / MERGED_NAME, ignore_errors=True)
+    partial.rename(output_dir / MERGED_NAME)
+    reporting.announce(
+        f"merged: {output_dir / MERGED_NAME}; on {len(_TEXTS)} prompts the logits differ from those of base and"
+        f" adapter by {difference:.1e} of the largest at most (allowed: {TOLERANCE[reloaded.dtype]:.0e})"
+    )
+    return 0
+
+
+def _arguments_of_the_run(output_dir: Path) -> tuple[SftModelArguments, LoraArguments]:
+    """Return how the base was loaded; by the adapter's own word for where it is, which holds from any folder."""
+    settings = json.loads((output_dir / RESULTS_NAME).read_text(encoding="utf-8"))["settings"]
+    model, lora = (settings[name] for name in ("SftModelArguments", "LoraArguments"))
+    model["model_name_or_path"] = PeftConfig.from_pretrained(output_dir).base_model_name_or_path
+    known = {field.name for field in dataclasses.fields(LoraArguments)}
+    return SftModelArguments(**model), LoraArguments(**{key: lora[key] for key in lora if key in known})
+
+
+def _logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        rows = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in _TEXTS]
+        return [model(input_ids=row).logits.float().cpu() for row in rows]
+
+
+def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float, folder: Path) -> float:
+    pairs = list(zip(expected, found, strict=True))
+    difference = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    if not difference <= tolerance:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RecipeError(
+            f"merge: the logits of the merged model differ by {difference:.2g} of the largest, more than"
+            f" {tolerance:.0e}: nothing was saved; use base and adapter as they are."
+        )
+    return difference

@@ -1,0 +1,312 @@
+"""What sft.py can do besides plain LoRA: kinds of adapters, 4 bits, stopping, merging, the hub, dry runs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import peft.optimizers
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recipes.sft import main
+from recipes.support import adapters, merging, models
+from recipes.support.arguments import LoraArguments
+from recipes.support.errors import RecipeError
+from recipes.support.reporting import read_metrics
+
+QUICK = ("--dataset_name=demo", "--max_train_samples=24", "--max_eval_samples=6", "--num_sample_generations=1")
+QUICK += ("--learning_rate=1e-2",)
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def error_of(text):
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def tiny_llama(**config):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, **config))
+
+
+KINDS = {
+    "dora": (["--use_dora"], {"use_dora": True}),
+    "rslora and names": (["--use_rslora", "--lora_target_modules", "q_proj", "0.mlp.up_proj"], {"use_rslora": True}),
+    "pattern": (["--lora_target_modules", r".*\.0\..*(q|v)_proj"], {"target_modules": r".*\.0\..*(q|v)_proj"}),
+    "bf16": (["--activation_checkpointing=true", "--bf16=true", "--dtype=bfloat16"], {}),
+    "4 bits": (["--load_in_4bit", "--activation_checkpointing=true", "--packing"], {}),
+    "fp4 dora": (["--load_in_4bit", "--bnb_4bit_quant_type=fp4", "--bnb_4bit_use_double_quant", "--use_dora"], {}),
+    "tied lm_head": (["--modules_to_save", "lm_head"], {"ensure_weight_tying": True}),
+}
+
+
+def with_slow(cases, *slow):
+    marks = {name: [pytest.mark.slow] for name in slow}
+    values = {name: case if isinstance(case, tuple) else (case,) for name, case in cases.items()}
+    return [pytest.param(*value, id=name, marks=marks.get(name, [])) for name, value in values.items()]
+
+
+@pytest.mark.parametrize(("flags", "written"), with_slow(KINDS, "bf16", "fp4 dora", "rslora and names"))
+def test_kind_trains_and_merges_into_what_was_measured(flags, written, sft, tmp_path):
+    """The merged model, one piece in one type, has the perplexity that was reported of base and adapter."""
+    if "--load_in_4bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    status, output, error = sft(*QUICK, "--per_device_eval_batch_size=6", *flags, "--merge")
+    assert status == 0, error
+    results = results_of(sft.output_dir)
+    assert results["eval_loss"] < results["eval_loss_before"]
+    config = json.loads((sft.output_dir / "adapter_config.json").read_text())
+    assert {name: config[name] for name in written} == written
+    assert "of the largest at most" in output
+    assert not (sft.output_dir / "merged.partial").exists()
+    again = ["--full", "--max_steps=1", "--learning_rate=0", f"--output_dir={tmp_path / 'again'}"]
+    status, _, error = sft(*QUICK, *again, model=sft.output_dir / "merged")
+    assert status == 0, error
+    tolerance = 0.05 if "--bf16=true" in flags else 1e-3
+    perplexity = results_of(tmp_path / "again")["eval_perplexity_before"]
+    assert perplexity == pytest.approx(results["eval_perplexity"], rel=tolerance)
+
+
+def test_lora_plus_gives_the_matrices_b_their_rate(sft):
+    """As peft groups them, whose function is for one process; and as the log shows the rate of A."""
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
+    adapters.scale_learning_rates(optimizer, model, 8.0)
+    expected = peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)
+
+    def rates(built):
+        return {id(param): group["lr"] for group in built.param_groups for param in group["params"]}
+
+    assert rates(optimizer) == rates(expected)
+    assert set(rates(optimizer).values()) == {1e-3, 8e-3}
+
+
+def parts(folder, steps=4):
+    """The flags of a run in two parts: dropout, a schedule, and several groups must go on as they were."""
+    flags = [*QUICK, "--lora_dropout=0.1", "--save_strategy=steps", "--save_steps=2", f"--max_steps={steps}"]
+    return [*flags, "--per_device_train_batch_size=2", "--num_sample_generations=0", f"--output_dir={folder}"]
+
+
+RESUMED = {
+    "lora plus": ["--loraplus_lr_ratio=8"],
+    "lora plus, torch's adamw": ["--loraplus_lr_ratio=8", "--optim=adamw_torch"],
+    "4 bits": ["--load_in_4bit"],
+    "dora": ["--use_dora"],
+    "packing": ["--packing", "--max_length=64"],
+}
+
+
+@pytest.mark.parametrize("flags", with_slow(RESUMED, "dora", "lora plus, torch's adamw", "packing"))
+def test_resumed_run_ends_bit_for_bit(flags, sft, tmp_path):
+    if "--load_in_4bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    status, _, error = sft(*parts(whole), *flags)
+    assert status == 0, error
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    status, output, error = sft(*parts(resumed), *flags, "--resume_from_checkpoint=true")
+    assert status == 0, error
+    assert "resuming from" in output
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    start = load_file(whole / "checkpoint-2" / "adapter_model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(start[name], expected[name]) for name in expected)
+
+
+BAD_ADAPTERS = {
+    "no such layer": (["--lora_target_modules", "q_proj", "q_prj"], "lora_target_modules = q_prj: no layer"),
+    "pattern for nothing": (["--lora_target_modules", "q.*x"], "such as 'lm_head', and none does"),
+    "no pattern": (["--lora_target_modules", "(q_proj"], "is no regular expression"),
+    "pattern among names": (["--lora_target_modules", "q_proj", ".*v"], ".*v stands alone or not at all"),
+    "no such module": (["--modules_to_save", "head"], "modules_to_save = head: no layer"),
+    "merge nothing": (["--full", "--merge"], "merge: full trains no adapter"),
+    "no evaluations": (["--early_stopping_patience=1", "--eval_strategy=no"], "counts evaluations"),
+    "wrong direction": (["--metric_for_best_model=perplexity"], "give --greater_is_better false"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_what_cannot_work_is_one_error_before_anything_is_written(flags, message, sft):
+    status, _, error = sft(*QUICK, *flags)
+    assert status == 1
+    assert message in error_of(error)
+    assert not sft.output_dir.exists()
+
+
+def test_error_lists_the_linear_layers():
+    with pytest.raises(RecipeError, match=r"The linear layers are q_proj, k_proj, .*down_proj, lm_head\.$"):
+        adapters.find_targets(tiny_llama(), ["query"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"full": True, "use_dora": True}, "drop it, or use_dora"),
+        ({"full": True, "load_in_4bit": True}, "drop it, or load_in_4bit"),
+        ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio = 0.0: must be above 0"),
+        ({"loraplus_lr_ratio": float("nan")}, "loraplus_lr_ratio = nan"),
+        ({"lora_target_modules": []}, "lora_target_modules is empty"),
+        ({"bnb_4bit_use_double_quant": True}, "no effect without load_in_4bit"),
+    ],
+)
+def test_adapter_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoraArguments(**options)
+
+
+@pytest.mark.parametrize(
+    ("environment", "tp_size", "name"),
+    [({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, 1, "FSDP2"), ({}, 2, "tensor parallelism")],
+)
+def test_4_bits_are_refused_by_the_name_of_the_strategy(environment, tp_size, name, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from recipes.support import quantization
+
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(RecipeError, match=f"load_in_4bit does not work under {name}"):
+        quantization.load_options(LoraArguments(load_in_4bit=True), torch.float32, tp_size=tp_size)
+
+
+def test_4_bits_where_a_recipe_does_not_load_them():
+    with pytest.raises(RecipeError, match="this recipe does not load its model in 4 bits"):
+        models.add_adapter(tiny_llama(), LoraArguments(load_in_4bit=True), peft.TaskType.CAUSAL_LM)
+
+
+def test_early_stopping_keeps_the_best(sft):
+    """A rate that ruins the model: the first evaluations are the best ones."""
+    flags = ["--max_steps=12", "--eval_steps=1", "--save_steps=1", "--early_stopping_patience=2", "--warmup_steps=0"]
+    status, _, error = sft(*QUICK[:-1], "--learning_rate=0.5", *flags)
+    assert status == 0, error
+    rows = [row for row in read_metrics(sft.output_dir / "metrics.jsonl") if "eval_loss" in row and row["step"]]
+    results = results_of(sft.output_dir)
+    assert results["steps"] < 12
+    assert results["eval_loss"] == pytest.approx(min(row["eval_loss"] for row in rows), rel=1e-5)
+
+
+def test_finished_run_is_merged_and_nothing_else(sft, capsys):
+    status, _, error = sft(*QUICK)
+    assert status == 0, error
+    before = (sft.output_dir / "adapter_model.safetensors").read_bytes()
+    metrics = (sft.output_dir / "metrics.jsonl").read_bytes()
+    assert main([f"--output_dir={sft.output_dir}", "--merge"]) == 0
+    assert (sft.output_dir / "merged" / "model.safetensors").is_file()
+    assert (sft.output_dir / "adapter_model.safetensors").read_bytes() == before
+    assert (sft.output_dir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_merge_that_changes_what_is_said_is_not_kept(sft, monkeypatch):
+    status, _, error = sft(*QUICK)
+    assert status == 0, error
+    scale = peft.tuners.lora.Linear.get_delta_weight
+    monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", lambda *args: 1.5 * scale(*args))
+    with pytest.raises(RecipeError, match="the logits of the merged model differ by"):
+        merging.merge(sft.output_dir)
+    assert not list(sft.output_dir.glob("merged*"))
+
+
+def test_dry_run_writes_nothing_and_repeats_as_a_configuration(sft, tmp_path):
+    flags = ["--train_file=missing.jsonl", "--lora_r=4", "--loraplus_lr_ratio=4"]
+    status, output, error = sft(*flags, "--dry_run")
+    assert status == 0, error
+    assert list(tmp_path.iterdir()) == []
+    config, table = output.split("\nmemory a process")
+    rows = dict(line.rsplit("  ", 1) for line in table.splitlines() if "  " in line)
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    trained = int(rows["trained parameters"].split(" of ")[0].replace(",", ""))
+    assert rows["gradients"] == f"{4 * trained / 1e6:.2f} MB"
+    assert rows["optimizer states"] == f"{8 * trained / 1e6:.2f} MB"
+    (tmp_path / "again.yaml").write_text(config)
+    _, again, _ = sft(f"--config={tmp_path / 'again.yaml'}", "--dry_run", model=None)
+    assert again == output
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"), [([], ["loraplus_lr_ratio"]), (["--load_in_4bit"], ["4 bits, nf4"])], ids=["plain", "4 bits"]
+)
+def test_dry_run_counts_what_the_run_trains(flags, names, sft):
+    if flags:
+        pytest.importorskip("bitsandbytes")
+    _, output, _ = sft(*QUICK, *flags, "--dry_run")
+    status, _, error = sft(*QUICK, *flags, "--loraplus_lr_ratio=2")
+    assert status == 0, error
+    assert results_of(sft.output_dir)["trained_parameters"] in output
+    card = (sft.output_dir / "README.md").read_text()
+    assert all(name in card for name in names)
+
+
+def test_hub_gets_the_result_and_our_card(sft, monkeypatch):
+    """The Trainer's own code runs; only what would go over the network is replaced."""
+    from huggingface_hub import HfApi, RepoUrl
+
+    pushed = []
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+        pushed.append((repo_id, files))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    hub = ["--push_to_hub", "--hub_model_id=someone/animals", "--hub_strategy=end"]
+    status, _, error = sft(*QUICK, *hub, "--optim_args=gamma=0.95")
+    assert status == 0, error
+    repository, files = pushed[-1]
+    assert repository == "someone/animals"
+    assert files["adapter_model.safetensors"] == (sft.output_dir / "adapter_model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    for said in (
+        "# animals",
+        "AdaTAMW",
+        "gamma=0.95",
+        "| learning_rate | 0.01 |",
+        "demo[train]",
+        "eval_perplexity",
+        "* peft",
+    ):
+        assert said in card
+    assert str(sft.output_dir) not in card
+
+
+def test_hub_that_cannot_be_reached_stops_the_run_before_it_starts(sft, monkeypatch):
+    from huggingface_hub import HfApi
+
+    def refuse(self, name, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    status, _, error = sft(*QUICK, "--push_to_hub", "--hub_model_id=someone/animals")
+    assert status == 1
+    assert "push_to_hub: 'someone/animals' cannot be pushed to: no route to host" in error_of(error)
+    assert not (sft.output_dir / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HF_TAM_DATA" not in os.environ, reason="needs HF_TAM_DATA, a folder with seed_tasks")
+def test_real_instructions_are_learnt_as_chats(sft, tmp_path):
+    """Real text through the whole path: a template by name, assistant-only loss, packing; the loss falls."""
+    source = Path(os.environ["HF_TAM_DATA"]) / "seed_tasks" / "seed_tasks.jsonl"
+    tasks = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    path = tmp_path / "chats.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for task in tasks:
+            for case in task["instances"]:
+                question = "\n".join(part for part in (task["instruction"], case["input"]) if part)
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": case["output"]}]
+                file.write(json.dumps({"messages": turns}) + "\n")
+    flags = ["--chat_template=plain", "--packing", "--max_steps=10", "--learning_rate=1e-2", "--max_train_samples=48"]
+    sizes = ["--max_eval_samples=8", "--num_sample_generations=1"]
+    status, output, error = sft("--train_file", path, *flags, *sizes)
+    assert status == 0, error
+    assert "longer than 128 tokens and were cut" in error
+    assert "packing: " in output
+    results = results_of(sft.output_dir)
+    assert results["eval_loss"] < results["eval_loss_before"] - 0.2
