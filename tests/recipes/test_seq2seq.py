@@ -180,7 +180,8 @@ def test_run_stopped_by_ctrl_c_continues_bit_for_bit(tiny_t5, tmp_path):
         "--max_steps=60",
         "--disable_tqdm=true",
     ]
-    flags += ["--use_cpu=true", "--logging_steps=1", "--max_train_samples=64", "--num_sample_generations=0"]
+    flags += ["--use_cpu=true", "--logging_steps=1"]
+    flags += ["--max_train_samples=64", "--num_sample_generations=0"]
     flags += ["--save_strategy=steps", "--save_steps=60", "--predict_with_generate=false"]
     process = subprocess.Popen(
         recipe_command("seq2seq.py", *flags, f"--output_dir={stopped}"),
