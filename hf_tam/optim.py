@@ -83,8 +83,8 @@ class AdaTAMW(_Adaptive):
             untouched, counted and warned of once. "raise": FloatingPointError before anything is changed; reads a
             number every step, so it waits for an accelerator. "propagate": as torch.optim; the torque stays finite
         all the same. maximize: Ascend instead of descend.
-        foreach: Use the multi-tensor backend. None: on accelerators.
-        fused: Use the fused backend. None: on the CPU.
+        foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels.
+        fused: Use the fused backend. None: on the CPU, and on accelerators that Triton compiles for.
         capturable: Never read a number on the host, on any device.
 
     Raises:
@@ -176,7 +176,8 @@ class TAM(TorqueAware):
         torque_steps: See `AdaTAMW`.
         nonfinite: See `AdaTAMW`.
         maximize: Ascend instead of descend.
-        foreach: Use the multi-tensor backend. None: on accelerators; the CPU uses torch's fused SGD kernel.
+        foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels; the CPU uses torch's
+            fused SGD kernel.
 
     Raises:
         ValueError: A hyperparameter is out of range.

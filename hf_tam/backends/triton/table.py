@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_tam.backends.cpu import is_dense
 from hf_tam.backends.entry import Entry
-from hf_tam.backends.triton.chunks import MAX_CHUNKS, SPAN
+from hf_tam.backends.triton.chunks import FIELDS, MAX_CHUNKS, SPAN
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _VECTOR = 16
@@ -82,7 +82,7 @@ class Table:
                 "the optimizer sees these tensors for the first time while a CUDA graph is being captured: take at "
                 "least one step with the same parameters and states before the capture"
             )
-        rows, owners = [[0] * 7 for _ in entries], list[int]()
+        rows, owners = [[0] * FIELDS for _ in entries], list[int]()
         self.parts: dict[Kind, Chunks] = {}
         self.windows: list[tuple[Kind, Chunks]] = []
         self.outside = [at for at, entry in enumerate(entries) if not _is_walkable(entry, grads[at])]
@@ -201,7 +201,7 @@ def _by_kind(entries: Sequence[Entry], grads: Sequence[Tensor], outside: set[int
         if position not in outside:
             tensors = (entry.param, entry.first, entry.first if entry.second is None else entry.second, grad)
             aligned = all(tensor.data_ptr() % _VECTOR == 0 for tensor in tensors)
-            kind = Kind(entry.param.dtype, grad.dtype, aligned, entry.coupled_decay, entry.maximize)
+            kind = Kind(entry.param.dtype, grad.dtype, aligned, float(entry.coupled_decay), entry.maximize)
             kinds.setdefault(kind, []).append(position)
     return kinds
 

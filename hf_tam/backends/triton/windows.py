@@ -111,16 +111,19 @@ def _run(
     )
     partials, before = new_partials(table), torch.empty_like(scalars)
     on_device = isinstance(step.lr, Tensor)
+    numbers = {
+        **numbers, "gamma": step.gamma, "damping_eps": step.damping_eps, "lr": 0.0 if on_device else float(step.lr),
+        "torque_steps": math.inf if step.torque_steps is None else step.torque_steps,
+    }  # fmt: skip
     with on(device):
         for kind, chunks in table.windows:
             sum_chunks(table, kind, chunks, partials, scalars, before)
             kernel[(chunks.size,)](
                 table.tensors, table.grads, table.owners, partials, scalars, before, sums, cosine, damping, skipped,
-                step.lr if on_device else None, chunks.first, count, 0.0 if on_device else step.lr,
-                gamma=step.gamma, damping_eps=step.damping_eps,
-                torque_steps=math.inf if step.torque_steps is None else float(step.torque_steps),
-                coupled_decay=kind.coupled_decay, LITERAL=step.literal, SKIP=step.skip_nonfinite,
-                **numbers, **compiled_for(kind, block=UPDATE_BLOCK),
+                step.lr if on_device else None, chunks.first, count, coupled_decay=kind.coupled_decay,
+                LITERAL=step.literal, SKIP=step.skip_nonfinite,
+                **{name: float(number) for name, number in numbers.items()},
+                **compiled_for(kind, block=UPDATE_BLOCK),
             )  # fmt: skip
     increment_version([entry.param for entry in bound.entries])
     return WindowReport(cosine, damping, sums)
