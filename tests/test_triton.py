@@ -223,8 +223,22 @@ def test_gradients_of_another_dtype():
         torch.testing.assert_close(entries[0].first, torch.lerp(before, grad, 0.3).to(param_dtype))
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels launched so far."""
+    kind = type(backend.update_kernel)
+    run, names = kind.run, []
+
+    def counted(self, *args, **kwargs):
+        names.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", counted)
+    return names
+
+
 @pytest.mark.slow
-def test_a_thousand_tensors_take_three_launches(monkeypatch):
+def test_a_thousand_tensors_take_three_launches(launches):
     sizes = [1 + (37 * number) % 301 for number in range(1000)]
     entries = make_entries([torch.randn(size) for size in sizes])
     sums = backend.partial_sums(entries, with_dot=[True] * 1000)
@@ -233,11 +247,12 @@ def test_a_thousand_tensors_take_three_launches(monkeypatch):
     before = [entry.param.clone() for entry in entries]
     backend.update(entries, _coefficients(1000))
     assert all(not torch.equal(entry.param, old) for entry, old in zip(entries, before, strict=True))
-    assert len(launch.bind(entries).table.parts) == 1
+    assert launches == ["sums_kernel", "combine_kernel", "update_kernel"]
 
 
 # --- window by window ---------------------------------------------------------------------------------------------
 
+PLAIN_STEP = backend.AdamStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 0.9, 1e-8, None, False, True)
 WINDOW_SHAPES = ((9000,), (40, 5), (), (0,), (300,))
 
 
@@ -294,6 +309,15 @@ def test_windows_are_the_general_path(monkeypatch, name, options, tensor_lr):
             for key, row in zip(optimizer.scalar_states, scalars, strict=True):
                 torch.testing.assert_close(row[index], state[key], rtol=1e-5, atol=2e-6)
         assert int(skipped) == int(stats["skipped"]) == (1 if step and group["nonfinite"] == "skip" else 0)
+
+
+def test_a_window_takes_two_launches(monkeypatch, launches):
+    monkeypatch.setattr(launch, "window_bytes", lambda device: 8 * 100)
+    entries = make_entries([torch.randn(size) for size in (50, 50, 500, 1)])
+    scalars = torch.zeros(3, 4, device=DEVICE)
+    skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    backend.adam_windows(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+    assert launches == ["sums_kernel", "adam_window_kernel"] * 3
 
 
 def _window_step(optimizer, bound, scalars, skipped, tensor_lr):
@@ -556,16 +580,15 @@ def test_graph_replays_as_eager_steps(moved_in_capture):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-def test_a_window_takes_two_launches(monkeypatch):
+def test_a_window_takes_two_launches_on_the_device(monkeypatch):
     monkeypatch.setattr(launch, "window_bytes", lambda device: 8 * 1000)
     entries = make_entries([torch.randn(size) for size in (1000, 1000, 5000)])
     scalars = torch.zeros(3, 3, device="cuda")
     skipped = torch.zeros((), dtype=torch.int64, device="cuda")
-    step = backend.AdamStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 0.9, 1e-8, None, False, True)
-    backend.adam_windows(backend.bind(entries), scalars, step, skipped=skipped)
+    backend.adam_windows(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        backend.adam_windows(backend.bind(entries), scalars, step, skipped=skipped)
+        backend.adam_windows(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if "kernel" in event.name]
     assert sum("sums_kernel" in name for name in names) == 3
