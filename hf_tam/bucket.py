@@ -31,7 +31,7 @@ class Bucket:
         backend: What executes the step.
         on_host: Whether scalars may be read by the host (the CPU without `capturable`); elsewhere none ever is.
         scalars: The scalar states before this step by name (`step`, `torque`, ...), shape (n,), `accumulator_dtype`.
-        stored: The same as they lie in the optimizer's state, to be written to.
+        matrix: The same as they lie in the optimizer's state, to be written to: fp32, shape (len(scalars), n).
         active: Whether the torque still acts (`torque_steps`), shape (n,), or None where it always does.
         sums: Rows <m, g>, |m|^2, |g|^2, raw |g|^2, shape (n, 4). |m|^2 is of the moment as it is stored.
         present: Whether any rank has a gradient of the tensor, shape (n,), or None where all have one.
@@ -48,7 +48,7 @@ class Bucket:
     backend: Backend
     on_host: bool
     scalars: dict[str, Tensor]
-    stored: dict[str, Tensor]
+    matrix: Tensor
     active: Tensor | None
     sums: Tensor = field(default_factory=lambda: torch.empty(0, 4))
     present: Tensor | None = None
@@ -66,7 +66,7 @@ class Bucket:
         """Read the scalar states of `entries`, which are the columns of `packed`."""
         scalars, limit = packed.read(), group["torque_steps"]
         active = None if limit is None else scalars["step"] < limit
-        return cls(group, entries, backend, on_host, scalars, packed.rows(), active)
+        return cls(group, entries, backend, on_host, scalars, packed.matrix, active)
 
     @property
     def step(self) -> Tensor:
@@ -106,6 +106,12 @@ class Bucket:
             self.measured = False
             return self.scalars["step"].new_zeros(count, NUM_SUMS)
         return self.backend.partial_sums(self.entries, with_dot=wanted)
+
+    def set_report(self, *, sums: Tensor, cosine: Tensor, damping: Tensor) -> None:
+        """Take over what a backend saw that has taken the whole step by itself."""
+        self.sums, self.cosine, self.damping = sums, cosine, damping
+        self.factor = damping + self.group["damping_eps"]
+        self.keep = self.finite() if self.group["nonfinite"] == "skip" else None
 
     def angle_sums(self) -> Sequence[Tensor]:
         """<m, g>, |m|^2 and |g|^2, shape (n,) each, 0 where no rank has a gradient; m is as it is stored."""
@@ -191,12 +197,11 @@ class Bucket:
         """Write a 1-D tensor back to the scalar states, except where the step is skipped."""
         if self.keep is not None:
             values = torch.where(self.keep, values, self.scalars[key])
-        self.stored[key].copy_(values)
+        self.matrix[list(self.scalars).index(key)].copy_(values)
 
     def scale_state(self, factor: Tensor) -> None:
         """Multiply every state of every entry by `factor`, shape ()."""
-        for values in self.stored.values():
-            values.mul_(factor)
+        self.matrix.mul_(factor)
         for entry in self.entries:
             for moment in [entry.first] if entry.second is None else [entry.first, entry.second]:
                 moment.mul_(factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,28 @@ class _Adaptive(TorqueAware):
         bucket.execute(coefficients)
         bucket.store("exp_avg_scale", moment.scale)
 
+    def _update_by_windows(self, bucket: Bucket, skipped: Tensor) -> bool:
+        from hf_tam.backends import triton
+
+        bound, group = triton.bind(bucket.entries), bucket.group
+        if bound.table.outside:
+            return False
+        decay = 0.0 if self.coupled else group["weight_decay"]
+        step = triton.AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **_shared_step(bucket))
+        bucket.set_report(**triton.adam_windows(bound, bucket.matrix, step, skipped=skipped)._asdict())
+        return True
+
+
+def _shared_step(bucket: Bucket) -> dict[str, Any]:
+    """What the adaptive and the momentum step of the window kernels have in common."""
+    group = bucket.group
+    return {
+        "lr": bucket.learning_rate(),
+        "literal": bucket.literal,
+        "skip_nonfinite": group["nonfinite"] == "skip",
+        **{key: group[key] for key in ("gamma", "damping_eps", "torque_steps")},
+    }
+
 
 class AdaTAMW(_Adaptive):
     r"""AdamW whose first moment is damped by the angle between the new gradient and the momentum.
@@ -88,8 +110,8 @@ class AdaTAMW(_Adaptive):
             groups. Tensors that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not.
             With coupled weight decay the norm is taken first, in a walk and a reduction of its own. None: no clipping.
         maximize: Ascend instead of descend.
-        foreach: Use the multi-tensor backend. None: on accelerators.
-        fused: Use the fused backend. None: on the CPU.
+        foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels.
+        fused: Use the fused backend. None: on the CPU, and on accelerators that Triton compiles for.
         capturable: Never read a number on the host, on any device.
 
     Raises:
@@ -184,7 +206,8 @@ class TAM(TorqueAware):
         nonfinite: See `AdaTAMW`.
         max_grad_norm: See `AdaTAMW`.
         maximize: Ascend instead of descend.
-        foreach: Use the multi-tensor backend. None: on accelerators; the CPU uses torch's fused SGD kernel.
+        foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels; the CPU uses torch's
+            fused SGD kernel.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -218,6 +241,16 @@ class TAM(TorqueAware):
         """See the class."""
         arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, {**arguments, "fused": None, "capturable": False})
+
+    def _update_by_windows(self, bucket: Bucket, skipped: Tensor) -> bool:
+        from hf_tam.backends import triton
+
+        bound = triton.bind(bucket.entries)
+        if bound.table.outside:
+            return False
+        step = triton.SgdStep(momentum=bucket.group["momentum"], **_shared_step(bucket))
+        bucket.set_report(**triton.sgd_windows(bound, bucket.matrix, step, skipped=skipped)._asdict())
+        return True
 
     def _moment_scale(self, bucket: Bucket) -> Tensor:
         return torch.full_like(bucket.scalars["step"], 1.0 if bucket.literal else 0.5)

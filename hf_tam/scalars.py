@@ -53,7 +53,3 @@ class PackedScalars:
         """The numbers by name, shape (n,), a copy in `accumulator_dtype`."""
         numbers = self.matrix.to(update.accumulator_dtype(self.matrix.device))
         return dict(zip(self._keys, numbers.unbind(), strict=True))
-
-    def rows(self) -> dict[str, Tensor]:
-        """The numbers by name, shape (n,), to be written to."""
-        return dict(zip(self._keys, self.matrix.unbind(), strict=True))

@@ -85,12 +85,16 @@ class Telemetry:
 
     def count_skipped(self, kept: Tensor, *, on_host: bool) -> None:
         """Count the False entries of `kept`; where the host may look, warn of the first."""
-        if kept.device not in self._skipped:
-            self._skipped[kept.device] = torch.zeros((), dtype=torch.int64, device=kept.device)
         # In place: a replayed CUDA graph goes on adding to the same memory.
-        self._skipped[kept.device].add_((~kept).sum())
+        self.skipped_on(kept.device).add_((~kept).sum())
         if on_host:
             self.read_skipped()
+
+    def skipped_on(self, device: torch.device) -> Tensor:
+        """The count on one device, to be added to: int64, shape ()."""
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped[device]
 
     def read_skipped(self) -> int:
         """How many updates were skipped so far; warns once. Waits for an accelerator."""

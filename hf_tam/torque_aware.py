@@ -149,6 +149,7 @@ class TorqueAware(Optimizer, ABC):
         self._check_devices(buckets)
         self._telemetry.start(reducer)
         limit = self._max_grad_norm(reducer)
+        everything, buckets = buckets, self._step_by_windows(reducer, buckets, limit)
         if limit is not None and any(entry.coupled_decay for bucket in buckets for entry in bucket.entries):
             self._reduce_clipped(reducer, buckets, limit)
             limit = None
@@ -163,8 +164,8 @@ class TorqueAware(Optimizer, ABC):
         for together in devices.values():
             self._skip_nonfinite(together)
             self._angles(together)
-        self._telemetry.record(reducer, buckets)
-        self._forget_initialisation(buckets, had_state=had_state)
+        self._telemetry.record(reducer, everything)
+        self._forget_initialisation(everything, had_state=had_state)
 
     def _forget_initialisation(self, buckets: list[Bucket], *, had_state: bool) -> None:
         """Undo a step that was taken only to create state.
@@ -195,6 +196,22 @@ class TorqueAware(Optimizer, ABC):
                 "and a sub_group_size larger than the model"
             )
         return reducer
+
+    def _step_by_windows(self, reducer: Reducer, buckets: list[Bucket], limit: float | None) -> list[Bucket]:
+        """Let backends step by themselves what depends on nothing else, and return the buckets that are left."""
+        if (
+            limit is not None
+            or not isinstance(reducer, LocalReducer)
+            or any(group["nonfinite"] == "raise" for group in self.param_groups)
+        ):
+            return buckets
+        return [
+            bucket
+            for bucket in buckets
+            if not bucket.backend.BY_WINDOWS
+            or bucket.group["scope"] != "tensor"
+            or not self._update_by_windows(bucket, self._telemetry.skipped_on(bucket.device))
+        ]
 
     def _max_grad_norm(self, reducer: Reducer) -> float | None:
         limits = {group["max_grad_norm"] for group in self.param_groups}
@@ -467,6 +484,15 @@ class TorqueAware(Optimizer, ABC):
     @abstractmethod
     def _update(self, bucket: Bucket, cosine: Tensor) -> None:
         """Take the step of one bucket, whose tensors have the cosines `cosine`, shape (n,)."""
+
+    @abstractmethod
+    def _update_by_windows(self, bucket: Bucket, skipped: Tensor) -> bool:
+        """Let the backend take the whole step; False, and nothing done, where it has tensors that it cannot.
+
+        Args:
+            bucket: Its backend has `BY_WINDOWS`.
+            skipped: int64, shape (); the number of tensors left out is added to it.
+        """
 
     @abstractmethod
     def _moment_scale(self, bucket: Bucket) -> Tensor:

@@ -6,7 +6,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 COMMON = {
     "deadline": None,
@@ -20,8 +25,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    import torch
-
     torch.manual_seed(0)
     # small tensors: more threads only wait for one another, and on a busy machine for minutes
     torch.set_num_threads(1)

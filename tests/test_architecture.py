@@ -28,7 +28,7 @@ ALLOWED = {
         "update", "backends", "scalars", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters",
         "logical",
     },
-    "optim": {"update", "bucket", "hyperparameters", "torque_aware"},
+    "optim": {"update", "backends", "bucket", "hyperparameters", "torque_aware"},
     "torque_log": {"torque_aware"},
     "report": set(),
 }  # fmt: skip

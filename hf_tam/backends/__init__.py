@@ -3,14 +3,17 @@
 | module | sums | update | chosen |
 |---|---|---|---|
 | `single` | one tensor at a time, fp64 | one tensor at a time, plain torch operations | `foreach=False, fused=False` |
-| `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators |
+| `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators without Triton |
 | `cpu` | chunks that stay in cache | torch's vectorised fused kernels | `fused=True`, and by default on the CPU |
+| `triton` | one launch | one launch | `fused=True`, and by default on CUDA, ROCm and XPU |
 
 A backend is a module with the functions of the `Backend` protocol. Nothing here communicates.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_tam.backends.entry import Entry, StepScalars
-from hf_tam.update import Scalar
+from hf_tam.update import Scalar, accumulator_dtype
 
 __all__ = ["NUM_SUMS", "Backend", "Entry", "Scalar", "StepScalars", "select_backend"]
 
@@ -28,6 +31,9 @@ NUM_SUMS = 4
 
 class Backend(Protocol):
     """What the optimizers need of a backend."""
+
+    BY_WINDOWS: bool
+    """Whether there are `adam_windows` and `sgd_windows`, which take a whole step where nothing global is needed."""
 
     def partial_sums(self, entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
         """The rows <m, g>, |m|^2, |g|^2 and raw |g|^2 of each entry.
@@ -58,13 +64,29 @@ def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | 
     from hf_tam.backends import cpu, single
     from hf_tam.backends import foreach as multi_tensor
 
+    if not on_host and (fused or (fused is None and foreach is None)) and _runs_triton(device):
+        from hf_tam.backends import triton
+
+        return triton
     if fused and not on_host:
-        where = "capturable=True" if device.type == "cpu" else f"the device {device}"
-        raise RuntimeError(
-            f"`fused=True` has no kernel for {where} in this version of hf_tam; leave fused=None (foreach is used)"
-        )
+        where = "capturable=True on the CPU" if device.type == "cpu" else f"the device {device}"
+        remedy = "pip install triton, or " if device.type in _TRITON_DEVICES else ""
+        raise RuntimeError(f"`fused=True` has no kernel for {where}; {remedy}leave fused=None (foreach is used)")
     if fused or (fused is None and foreach is None and on_host):
         return cpu
     if foreach or (foreach is None and fused is None):
         return multi_tensor
     return single
+
+
+_TRITON_DEVICES = ("cuda", "xpu")
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels can be compiled for `device`, which must have fp64 for their sums."""
+    return device.type in _TRITON_DEVICES and _has_triton() and accumulator_dtype(device) == torch.float64
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.single import partial_sums
 
-__all__ = ["adam", "partial_sums", "sgd"]
+__all__ = ["BY_WINDOWS", "adam", "partial_sums", "sgd"]
 
+BY_WINDOWS = False
 _TEMPORARY = 1 << 24
 """Elements handled together: at most 64 MiB for each fp32 temporary, unless one tensor alone is larger."""
 

@@ -12,6 +12,8 @@ from hf_tam import update
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.update import Scalar
 
+BY_WINDOWS = False
+
 
 def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
     """See `Backend.partial_sums`."""
