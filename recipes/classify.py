@@ -14,13 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -31,7 +29,7 @@ from recipes.support import adapters, classification, encoder_demo, models, para
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
-from recipes.support.metrics import load_metrics
+from recipes.support.label_metrics import make_compute_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
 
 DEMO_CONFIG = CONFIGS / "demo" / "classify.yaml"
@@ -155,18 +153,6 @@ def encode_splits(
                 f"{num_cut} of {len(encoded[name])} texts of {split.source} were cut to {data.max_length} tokens"
             )
     return encoded
-
-
-def make_compute_metrics() -> Any:
-    """Return the function that gives the Trainer accuracy and macro-F1."""
-    metrics = load_metrics("accuracy", "macro_f1")
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predicted = np.argmax(prediction.predictions, axis=-1)
-        results = [metric.compute(predictions=predicted, references=prediction.label_ids) for metric in metrics]
-        return {name: value for result in results for name, value in result.items()}
-
-    return compute_metrics
 
 
 def evaluate_test(trainer: Trainer, encoded: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Forty animals, as plain sentences and as questions with answers: the embedded data of `sft.py`.
+"""Forty animals, as plain sentences and as questions with answers: the embedded data of `sft.py` and `dpo.py`.
 
 Written for this project. The plain sentences are what the demo's base model is pretrained on. Fine-tuning then teaches
 it to answer questions, on some of the animals; it is measured on the others, which it has only read about.
@@ -93,10 +93,24 @@ def make_statements(*, num_rounds: int, seed: int) -> list[str]:
 
 def make_questions(*, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return records of `prompt` and `completion`: those to train on, and those of the animals held out."""
+    trained, held_out = _split(seed)
+    return _question_records(trained), _question_records(held_out)
+
+
+def make_preferences(*, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return records of `prompt`, `chosen` and `rejected`, with the questions and the split of `make_questions`.
+
+    Rejected is the answer to another question about the same animal: as true and as well formed, but beside the point.
+    """
+    draw = random.Random(seed)
+    trained, held_out = _split(seed)
+    return _preference_records(trained, draw), _preference_records(held_out, draw)
+
+
+def _split(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     order = animals()
     random.Random(seed).shuffle(order)
-    held_out, trained = order[:_HELD_OUT_ANIMALS], order[_HELD_OUT_ANIMALS:]
-    return _question_records(trained), _question_records(held_out)
+    return order[_HELD_OUT_ANIMALS:], order[:_HELD_OUT_ANIMALS]
 
 
 def _question_records(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -106,3 +120,14 @@ def _question_records(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         for wordings, answer in _QUESTIONS
         for wording in wordings
     ]
+
+
+def _preference_records(rows: list[dict[str, str]], draw: random.Random) -> list[dict[str, str]]:
+    records = []
+    for row in rows:
+        answers = [f" {answer.format(**row)}" for _, answer in _QUESTIONS]
+        for question in _question_records([row]):
+            others = [answer for answer in answers if answer != question["completion"]]
+            chosen, rejected = question["completion"], draw.choice(others)
+            records.append({"prompt": question["prompt"], "chosen": chosen, "rejected": rejected})
+    return records

@@ -18,7 +18,7 @@ _PATTERN_CHARACTER = re.compile(r"[^\w.-]")
 _LINEAR = (torch.nn.Linear, Conv1D)
 
 
-def make_config(model: PreTrainedModel, arguments: LoraArguments, task: TaskType) -> LoraConfig:
+def make_config(model: PreTrainedModel, arguments: LoraArguments, task: TaskType | None) -> LoraConfig:
     """Return peft's configuration of the adapter.
 
     Where input and output embeddings are one tensor and one of them is in `modules_to_save`, both are trained as one.

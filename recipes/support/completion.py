@@ -117,7 +117,7 @@ def _encode_text(text: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
 def _encode_messages(
     messages: Any, tokenizer: PreTrainedTokenizerBase, assistant_only: bool | None
 ) -> tuple[list[int], list[int]]:
-    turns = _checked_turns(messages)
+    turns = checked_turns(messages)
     if tokenizer.chat_template is None:
         raise BadRecordError(
             "'messages' need a chat template, which this model's tokenizer does not have: give --chat_template, a file"
@@ -139,7 +139,7 @@ def _encode_messages(
     return list(ids), [token if is_target else IGNORED for token, is_target in zip(ids, mask, strict=True)]
 
 
-def _checked_turns(messages: Any) -> list[dict[str, Any]]:
+def checked_turns(messages: Any) -> list[dict[str, Any]]:
     """Return the turns without the keys that other records brought in as null."""
     if not isinstance(messages, list) or not messages:
         raise BadRecordError("'messages' must be a list of at least one message.")

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # A run that names none of these is the demo.
-_INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file")
+_INPUT_FLAGS = ("config", "model_name_or_path", "dataset_name", "train_file", "train_folder")
 HINT = "(--help lists every flag)"
 # Names that transformers changed within the supported range: the new one, which files use, and the one it had.
 FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}

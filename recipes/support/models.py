@@ -74,7 +74,7 @@ def load_model(
     return _load(auto_class, arguments, dtype=dtype, ignore_mismatched_sizes=new_head, **options)
 
 
-def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType) -> Any:
+def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType | None) -> Any:
     """Put a LoRA adapter on `model`, or return it as it is for full fine-tuning.
 
     Raises:

@@ -122,7 +122,18 @@ def load_file(name: str) -> Records:
     except Exception as error:  # datasets raises whatever its readers raise, wrapped or not
         cause = error.__cause__ or error
         raise RecipeError(f"{name} cannot be read as {path.suffix[1:]}: {_first_line(cause)}") from error
-    return Records(dataset, name, path=path)
+    return Records(_with_dates_as_text(dataset, path), name, path=path)
+
+
+def _with_dates_as_text(dataset: Dataset, path: Path) -> Dataset:
+    """Read a JSON file again where datasets took text such as "2021-03-14" for a time, which JSON does not have."""
+    kinds = [str(getattr(feature, "dtype", "")) for feature in dataset.features.values()]
+    if not any(kind.startswith(("timestamp", "date", "time")) for kind in kinds) or "json" not in path.suffix:
+        return dataset
+    text = path.read_text(encoding="utf-8")
+    lines = [text] if path.suffix == ".json" else text.splitlines()
+    read = [json.loads(line) for line in lines if line.strip()]
+    return Dataset.from_list(read[0] if path.suffix == ".json" else read)
 
 
 def _load_from_hub(data: DatasetArguments) -> tuple[Records, Records | None]:

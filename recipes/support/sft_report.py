@@ -28,5 +28,7 @@ def report(
     for prompt, before, after in zip(samples["prompts"], samples["before"], samples["after"], strict=True):
         print(f"\nprompt  {prompt}\nbefore  {before}\nafter   {after}")
     reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics, "samples": samples}, arguments)
-    shown = {name: value for name, value in metrics.items() if name.startswith("eval") or name == "train_loss"}
+    shown = {
+        name: value for name, value in metrics.items() if name.startswith(("eval", "test")) or name == "train_loss"
+    }
     reporting.print_table(f"{recipe}: {output_dir}", {**facts, **shown})

@@ -4,12 +4,19 @@ import pytest
 import yaml
 
 from hf_tam.cli import recipe_files
-from recipes import classify, no_trainer, sft
+from recipes import classify, dpo, no_trainer, seq2seq, sft, vision
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, FORMER_NAMES, flags_from_yaml, parse_recipe_arguments
 
 CONFIG_FILES = sorted(CONFIGS.rglob("*.yaml"))
-RECIPES = {"sft.py": sft, "classify.py": classify, "no_trainer.py": no_trainer}
+RECIPES = {
+    "sft.py": sft,
+    "classify.py": classify,
+    "no_trainer.py": no_trainer,
+    "dpo.py": dpo,
+    "seq2seq.py": seq2seq,
+    "vision.py": vision,
+}
 
 
 def parse(*argv, recipe=sft):

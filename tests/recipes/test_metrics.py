@@ -35,3 +35,24 @@ def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
 
 def test_perplexity_weighs_tokens_alike():
     assert compute("perplexity", [1.0, 1.0, 4.0], [1, 2, 3]) == pytest.approx(math.exp(2.0), rel=1e-6)
+
+
+def test_exact_match_is_of_whole_texts():
+    assert compute("exact_match", ["a b", "a b ", "a"], ["a b", "a b", "a b"]) == pytest.approx(2 / 3)
+
+
+def test_token_f1_counts_words_with_their_multiplicity():
+    # Two of three words of the first are among the four of its reference: F1 = 2 * 2 / 7. The second has none.
+    assert compute("token_f1", ["a A b", "x"], ["a b c d", "y"]) == pytest.approx((4 / 7 + 0) / 2)
+
+
+def test_token_f1_of_two_empty_texts_is_one():
+    assert compute("token_f1", [""], [""]) == 1.0
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu():
+    texts = ["the owl eats rodents at night in the old forest"]
+    assert compute("bleu", texts, texts) == pytest.approx(100)
+    assert compute("chrf", texts, texts) == pytest.approx(100)
+    # No character in common, so no n-gram of any order.
+    assert compute("bleu", ["aaa"], ["zzz"]) == compute("chrf", ["aaa"], ["zzz"]) == 0.0

@@ -11,7 +11,7 @@ from recipes.support.arguments import SftDataArguments
 from recipes.support.chat import load_template
 from recipes.support.completion import IGNORED, encode_records
 from recipes.support.errors import RecipeError
-from recipes.support.records import Records
+from recipes.support.records import Records, load_file
 
 GENERATION_TEMPLATE = (
     "{% for turn in messages %}{{ turn['role'] + ':' }}{% if turn['role'] == 'assistant' %}"
@@ -180,6 +180,14 @@ def test_bad_file_is_one_clear_error_before_anything_is_written(name, content, m
     assert message in line
     assert "Traceback" not in error
     assert not sft.output_dir.exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_text_that_looks_like_a_date_stays_text(suffix, tmp_path):
+    rows = [{"prompt": "When?", "completion": "2021-03-14"}, {"prompt": "And?", "completion": "2021-03-15T10:00:00"}]
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(json.dumps(rows) if suffix == "json" else "\n\n".join(map(json.dumps, rows)))
+    assert list(load_file(str(path)).dataset) == rows
 
 
 def test_line_number_survives_holding_out_and_drawing(sft, tmp_path):

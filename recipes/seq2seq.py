@@ -1,0 +1,150 @@
+"""Fine-tune a T5-style model on sources and targets (summaries, translations), with a LoRA adapter or in full.
+
+    python recipes/seq2seq.py
+    python recipes/seq2seq.py --config recipes/configs/flan-t5-base/lora.yaml --train_file train.jsonl
+        --test_file test.jsonl --source_column article --target_column summary --source_prefix "summarize: "
+
+The first line is the demo: a tiny T5 learns to read dates, offline, in a minute.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from datasets import Dataset
+from peft import TaskType
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
+from recipes.support import adapters, models, parallel, seq2seq_data, seq2seq_demo, sft_report, text_metrics, training
+from recipes.support.arguments import DEMO, LoraArguments, ModelArguments, RunArguments
+from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support.errors import RecipeError, exit_with_one_line
+from recipes.support.output import check_disk_space, naming_a_full_disk
+from recipes.support.task_arguments import Seq2SeqDataArguments
+
+DEMO_CONFIG = CONFIGS / "demo" / "seq2seq.yaml"
+
+
+def make_parser() -> RecipeParser:
+    """Return the parser of every argument, with this recipe's defaults."""
+    parser = RecipeParser(
+        [RunArguments, ModelArguments, Seq2SeqDataArguments, LoraArguments, Seq2SeqTrainingArguments],
+        prog="seq2seq.py",
+        description="Fine-tune a T5-style model on sources and targets. Without arguments: the embedded demo.",
+    )
+    parser.set_defaults(
+        output_dir="outputs/seq2seq",
+        optim="adatamw",
+        learning_rate=1e-3,
+        warmup_steps=0.05,
+        logging_steps=10,
+        predict_with_generate=True,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **precision_of_the_launch(),
+    )
+    return parser
+
+
+@exit_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; returns the exit status."""
+    started = time.perf_counter()
+    run, model_arguments, data, lora, arguments = parse_recipe_arguments(
+        make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG
+    )
+    resume_from = training.check_run(run, arguments)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    splits = seq2seq_data.load_splits(data, seed=seed, evaluates=arguments.eval_strategy != "no")
+    set_seed(arguments.seed)
+    tokenizer, model = load_model(model_arguments, lora)
+    context_length = getattr(model.config, "max_position_embeddings", None)
+    encoded = {
+        name: seq2seq_data.encode(split, data, tokenizer, context_length=context_length)
+        for name, split in splits.items()
+    }
+    output_dir = Path(arguments.output_dir)
+    check_disk_space(output_dir, model, full=lora.full)
+    sizes = models.count_parameters(model)
+
+    arguments.generation_max_length = arguments.generation_max_length or data.max_target_length + 1
+    arguments.generation_num_beams = arguments.generation_num_beams or data.num_beams
+    trainer = make_trainer(model, tokenizer, arguments, data, encoded)
+    adapters.use_loraplus(trainer, lora)
+    name, prefix = ("test", "test") if "test" in encoded else ("validation", "eval")
+    shown = text_metrics.evenly(encoded[name], data.num_sample_generations)
+    samples = {"prompts": text_metrics.decode(shown["input_ids"], tokenizer)}
+    samples["before"] = write(trainer, shown)
+    metrics = training.train(trainer, run, resume_from=resume_from)
+    metrics |= text_metrics.without_timing(trainer.evaluate(encoded[name], metric_key_prefix=prefix))
+    samples["after"] = write(trainer, shown)
+    with naming_a_full_disk(output_dir):
+        training.save_model(trainer)
+        if trainer.is_world_process_zero():
+            facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
+            groups = (run, model_arguments, data, lora, arguments)
+            sft_report.report("seq2seq", output_dir, facts, metrics, samples, groups)
+    parallel.leave_group(trainer.accelerator)
+    return 0
+
+
+def load_model(model_arguments: ModelArguments, lora: LoraArguments) -> tuple[Any, Any]:
+    """Return the tokenizer and the model, with its adapter unless training is full.
+
+    Raises:
+        RecipeError: the model cannot be loaded, or an adapter was asked for on the untrained demo model.
+    """
+    if model_arguments.model_name_or_path == DEMO:
+        if not lora.full:
+            raise RecipeError("the demo model starts from random weights, which an adapter cannot mend: add --full.")
+        train, _, _ = seq2seq_demo.demo_records()
+        tokenizer = seq2seq_demo.build_tokenizer([*train.dataset["source"], *train.dataset["target"]])
+        return tokenizer, seq2seq_demo.build_model(tokenizer)
+    tokenizer = models.load_tokenizer(model_arguments)
+    model = models.load_model(AutoModelForSeq2SeqLM, model_arguments)
+    return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_2_SEQ_LM)
+
+
+def make_trainer(
+    model: Any,
+    tokenizer: Any,
+    arguments: Seq2SeqTrainingArguments,
+    data: Seq2SeqDataArguments,
+    encoded: dict[str, Dataset],
+) -> Seq2SeqTrainer:
+    """Return the Trainer, which measures what the model writes at every evaluation."""
+    generates = arguments.predict_with_generate
+    return Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        compute_metrics=text_metrics.make_compute_metrics(tokenizer, data.text_metrics) if generates else None,
+    )
+
+
+def write(trainer: Seq2SeqTrainer, shown: Dataset) -> list[str]:
+    """Return what the model writes for the records of `shown`."""
+    if not len(shown) or not trainer.args.predict_with_generate:
+        return [""] * len(shown)
+    measure, trainer.compute_metrics = trainer.compute_metrics, None
+    written = text_metrics.decode(trainer.predict(shown).predictions, trainer.processing_class)
+    trainer.compute_metrics = measure
+    return written
+
+
+if __name__ == "__main__":
+    sys.exit(main())

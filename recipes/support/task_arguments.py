@@ -1,0 +1,118 @@
+"""The arguments of the recipes for preferences, for sequences to sequences, and for images."""
+
+from dataclasses import dataclass, field
+
+from recipes.support.arguments import DatasetArguments, ModelArguments
+
+TEXT_METRICS = ("exact_match", "token_f1", "bleu", "chrf")
+ARCHITECTURES = ("vit", "mobilenet_v2", "resnet")
+
+
+@dataclass
+class PreferenceDataArguments(DatasetArguments):
+    """Columns of the records for preference optimisation; `max_length` is TRL's own argument."""
+
+    max_length: None = field(default=None, init=False)
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Without a validation_file: the share of the training data to hold out."}
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column of prompts, text or a chat; chats may instead begin alike in both other columns."},
+    )
+    chosen_column: str = field(default="chosen", metadata={"help": "Column of the completions that were preferred."})
+    rejected_column: str = field(default="rejected", metadata={"help": "Column of those they were preferred to."})
+    num_sample_generations: int = field(
+        default=3, metadata={"help": "How many held-out prompts to complete before and after training."}
+    )
+
+
+@dataclass
+class Seq2SeqDataArguments(DatasetArguments):
+    """Columns of the records for translation, summarisation and the like, and how the outcome is measured."""
+
+    test_file: str | None = field(default=None, metadata={"help": "Data for the final metrics."})
+    source_column: str = field(default="source", metadata={"help": "Column of the texts to read."})
+    target_column: str = field(default="target", metadata={"help": "Column of the texts to write."})
+    source_prefix: str = field(
+        default="", metadata={"help": "Put before every source, for example 'summarize: ' for T5."}
+    )
+    max_target_length: int = field(
+        default=128, metadata={"help": "Longest target in tokens; what is over is cut and counted."}
+    )
+    num_beams: int = field(default=1, metadata={"help": "Beams of the generation that is measured; 1: greedy."})
+    text_metrics: list[str] = field(
+        default_factory=lambda: ["exact_match", "token_f1", "chrf"],
+        metadata={"help": f"What generated text is measured by: {', '.join(TEXT_METRICS)}."},
+    )
+    num_sample_generations: int = field(
+        default=3, metadata={"help": "How many held-out sources to show with what is written for them."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        super().__post_init__()
+        for name in ("max_target_length", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        for metric in self.text_metrics:
+            if metric not in TEXT_METRICS:
+                raise ValueError(f"text_metrics: unknown metric '{metric}'; there are {', '.join(TEXT_METRICS)}.")
+
+
+@dataclass
+class VisionModelArguments(ModelArguments):
+    """Which image classifier is trained: one that exists, or a small new one."""
+
+    architecture: str | None = field(
+        default=None,
+        metadata={"help": "Without a model: build a small one of this kind.", "choices": [None, *ARCHITECTURES]},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of an image in pixels. Default: the model's; new ones 32."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ValueError: two arguments exclude each other, or one is out of its range.
+        """
+        if self.model_name_or_path and self.architecture:
+            raise ValueError(
+                "model_name_or_path and architecture exclude each other: name a model or build a new one."
+            )
+        if self.image_size is not None and self.image_size < 16:
+            raise ValueError(f"image_size = {self.image_size}: must be at least 16.")
+
+
+@dataclass
+class VisionDataArguments(DatasetArguments):
+    """Images and their classes: the embedded digits, folders of one class each, or a dataset."""
+
+    train_file: None = field(default=None, init=False)
+    validation_file: None = field(default=None, init=False)
+    max_length: None = field(default=None, init=False)
+    train_folder: str | None = field(
+        default=None, metadata={"help": "Training images: a folder with one folder of images for each class."}
+    )
+    validation_folder: str | None = field(
+        default=None, metadata={"help": "Images evaluated on during training, in the same form."}
+    )
+    test_folder: str | None = field(default=None, metadata={"help": "Images for the final metrics, in the same form."})
+    image_column: str = field(default="image", metadata={"help": "Column of the image, in a dataset by name."})
+    label_column: str = field(default="label", metadata={"help": "Column of the class, in a dataset by name."})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ValueError: an argument is out of its range, or two of them exclude each other.
+        """
+        super().__post_init__()
+        if self.dataset_name and self.train_folder:
+            raise ValueError("dataset_name and train_folder exclude each other: name one source of training images.")
