@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from hf_tam.bench.statistics import pair_ratio
@@ -75,6 +76,26 @@ def table(folder: Path = FOLDER) -> str:
     return "\n".join(lines)
 
 
+def growth(folder: Path = FOLDER) -> str:
+    """How a sharded step grows with the number of tensors (16 x 1024 each): the `many-N` runs over 2 processes.
+
+    Args:
+        folder: Where the files are.
+
+    Returns:
+        A Markdown table; empty if nothing was measured.
+    """
+    runs = [run for run in _runs(folder) if run["workload"].startswith("many-") and run["processes"] == 2]
+    lines = ["| tensors | ms a step, `AdamW(fused=True)` | ms a step, AdaTAMW | ratio |", "|---|---|---|---|"]
+    for run in sorted(runs, key=lambda run: run["tensors"]):
+        for row in run["rows"]:
+            ratio = pair_ratio(row["seconds"], row["baseline_seconds"])
+            times = [f"{1e3 * median(row[name]):.1f}" for name in ("baseline_seconds", "seconds")]
+            between = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, {len(row['seconds'])} pairs)"
+            lines.append(f"| {run['tensors']:,} | {' | '.join(times)} | {between} |")
+    return "\n".join(lines) if runs else ""
+
+
 def _runs(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("bench-*.json")):
         yield from json.loads(path.read_text(encoding="utf-8")).get("runs", ())
@@ -98,4 +119,4 @@ def _cell(found: tuple[dict[str, Any], dict[str, Any]] | None, bar: Bar) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), growth(), sep="\n\n")
