@@ -161,7 +161,8 @@ class TorqueAware(Optimizer, ABC):
         self._telemetry.start(reducer)
         limit = self._max_grad_norm(reducer)
         everything, buckets = buckets, self._step_by_windows(reducer, buckets, limit)
-        if limit is not None and any(entry.coupled_decay for bucket in buckets for entry in bucket.entries):
+        # Not by what this rank has gradients of: all must take as many reductions.
+        if limit is not None and self.coupled and any(group["weight_decay"] for group in self.param_groups):
             self._reduce_clipped(reducer, buckets, limit)
             limit = None
         else:
