@@ -32,6 +32,12 @@ class Telemetry:
         self._records: dict[Reducer, list[_Record]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned = False
+        self._promised: Tensor | None = None
+
+    def promise(self, device: torch.device) -> Tensor:
+        """See `TorqueAware.promise_grad_norm`. Only the tensor that was promised last is filled."""
+        self._promised = torch.full((), torch.nan, dtype=torch.float32, device=device)
+        return self._promised
 
     def start(self, reducer: Reducer) -> None:
         """A new step begins: forget the last one. DeepSpeed takes it in several calls, each with its own reducer."""
@@ -46,6 +52,17 @@ class Telemetry:
             raw = bucket.raw_grad_sq if bucket.measured else torch.full_like(bucket.raw_grad_sq, torch.nan)
             rates = bucket.effective_learning_rates()
             self._records[reducer].append(_Record(indices, bucket.cosine, bucket.damping, rates, raw))
+        if self._promised is not None:
+            self._promised.copy_(self._grad_norm(self._promised.device))
+            self._promised = None
+
+    def _grad_norm(self, device: torch.device) -> Tensor:
+        """The norm over all records of the last step, 0-d; NaN where there is none."""
+        total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
+        records = [record for records in self._records.values() for record in records]
+        for record in records:
+            total_sq = total_sq + record.raw_grad_sq.to(device).sum()
+        return total_sq.sqrt() if records else torch.full_like(total_sq, torch.nan)
 
     def stats(
         self, torques: Iterable[tuple[Sequence[int], Tensor]], *, names: list[str | None], device: torch.device
@@ -65,10 +82,6 @@ class Telemetry:
         unknown = torch.full_like(nothing, torch.nan)
         rates = _replaced(unknown, ((record.indices, record.effective_lr) for record in records))
         norms = _replaced(unknown, ((record.indices, record.raw_grad_sq.sqrt()) for record in records))
-        total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
-        for record in records:
-            total_sq = total_sq + record.raw_grad_sq.to(device).sum()
-        grad_norm = total_sq.sqrt() if records else torch.full_like(total_sq, torch.nan)
         skipped = torch.zeros((), dtype=torch.int64, device=device)
         for count in self._skipped.values():
             skipped = skipped + count.to(device)
@@ -79,7 +92,7 @@ class Telemetry:
             "damping": damping,
             "effective_lr": rates,
             "grad_norms": norms,
-            "grad_norm": grad_norm.to(torch.float32),
+            "grad_norm": self._grad_norm(device).to(torch.float32),
             "skipped": skipped,
         }
 

@@ -96,6 +96,17 @@ class TorqueAware(Optimizer, ABC):
         device = next((param.device for param in self._params()), torch.device("cpu"))
         return self._telemetry.stats(self._torques(), names=names, device=device)
 
+    def promise_grad_norm(self) -> Tensor:
+        """The norm of the next step's gradients, before clipping, for who must hold it before the step is taken.
+
+        No communication, and no host synchronisation.
+
+        Returns:
+            A new 0-d fp32 tensor, NaN until the next step fills it with `torque_stats()["grad_norm"]`. It stays NaN
+            where that step is not taken, as torch.amp.GradScaler decides, or raises.
+        """
+        return self._telemetry.promise(next((param.device for param in self._params()), torch.device("cpu")))
+
     def _torques(self) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The torque states that there are, each 1-D, with the positions of their logical tensors; the last counts."""
         if not self._logical.is_partitioned(self.param_groups):
@@ -150,7 +161,8 @@ class TorqueAware(Optimizer, ABC):
         self._telemetry.start(reducer)
         limit = self._max_grad_norm(reducer)
         everything, buckets = buckets, self._step_by_windows(reducer, buckets, limit)
-        if limit is not None and any(entry.coupled_decay for bucket in buckets for entry in bucket.entries):
+        # Not by what this rank has gradients of: all must take as many reductions.
+        if limit is not None and self.coupled and any(group["weight_decay"] for group in self.param_groups):
             self._reduce_clipped(reducer, buckets, limit)
             limit = None
         else:

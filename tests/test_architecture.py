@@ -31,6 +31,7 @@ ALLOWED = {
     "optim": {"update", "backends", "bucket", "hyperparameters", "torque_aware"},
     "torque_log": {"torque_aware"},
     "report": set(),
+    "bench": {"optim"},
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}
 

@@ -149,3 +149,54 @@ def test_after_torque_steps_the_norm_is_still_taken():
         set_gradients(parameters, step, 1.0)
         optimizer.step()
     assert optimizer.torque_stats()["grad_norm"] > 100.0
+
+
+def with_scaler(parameters, optimizer, *, clip, infinite_at):
+    """Six steps of scaled gradients; the norm that was promised for each."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    norms = []
+    for step in range(6):
+        set_gradients(parameters, step, 3.0)
+        for parameter in parameters:
+            parameter.grad = parameter.grad * scaler.scale(torch.ones(()))
+        if step == infinite_at:
+            parameters[0].grad[0] = torch.inf
+        if clip is None:
+            norms.append(optimizer.promise_grad_norm())
+        else:
+            scaler.unscale_(optimizer)
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip))
+        scaler.step(optimizer)
+        scaler.update()
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_a_gradient_scaler_unscales_first(name, backend):
+    """As unscale_, clip_grad_norm_, step; a step that overflowed is not taken, and its norm stays unknown."""
+    inside, before = parameters_of(), parameters_of()
+    options = {"lr": 0.1, "weight_decay": 0.0, **backends_of(name)[backend]}
+    ours = with_scaler(inside, getattr(hf_tam, name)(inside, max_grad_norm=0.5, **options), clip=None, infinite_at=3)
+    theirs = with_scaler(before, getattr(hf_tam, name)(before, **options), clip=0.5, infinite_at=3)
+    assert ours.isnan().tolist() == [step == 3 for step in range(6)]
+    assert not bool(theirs[3].isfinite())
+    kept = ours.isfinite()
+    torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-5, atol=0.0)
+    assert max(differences(inside, before)) <= 2e-5
+
+
+def test_a_norm_is_promised_for_one_step():
+    parameters = parameters_of()
+    optimizer = hf_tam.AdaTAM(parameters, weight_decay=0.1, max_grad_norm=0.5)  # reports the raw gradient's
+    set_gradients(parameters, 0, 1.0)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    first = optimizer.promise_grad_norm()
+    assert bool(first.isnan())
+    optimizer.step()
+    torch.testing.assert_close(first, norm, rtol=1e-5, atol=0.0)
+    second = optimizer.promise_grad_norm()
+    assert bool(second.isnan())
+    set_gradients(parameters, 0, 2.0)
+    optimizer.step()
+    torch.testing.assert_close(second, 2 * norm, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(first, norm, rtol=1e-5, atol=0.0)

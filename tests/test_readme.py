@@ -1,5 +1,6 @@
 """The README's commands are where .ci/run looks for them, and its numbers are those of recipes/results/."""
 
+import json
 import re
 from pathlib import Path
 
@@ -38,3 +39,38 @@ def test_the_table_follows_its_rows(tmp_path):
     changed = tmp_path / "rows.jsonl"
     changed.write_text(re.sub(r'"test_accuracy": 0\.\d', '"test_accuracy": 0.0', ROWS.read_text()))
     assert table(changed) not in README
+
+
+def test_the_table_of_speed_is_generated():
+    from recipes.results.speed import growth, table
+
+    assert table() in README
+    assert growth() in README
+
+
+def test_the_table_of_speed_follows_the_raw_times(tmp_path):
+    from recipes.results import speed
+
+    times = {"seconds": [3.0, 6.0, 2.0], "baseline_seconds": [2.0, 3.0, 2.0], "ratio": {"median": 99.0}}
+    row = {"optimizer": "adatamw", "baseline": "adamw", **times}
+    facts = {"workload": "lora-7b", "dtype": "bfloat16", "device": "cpu", "processes": 1, "clip": False}
+    run = {**facts, "load_average_after": [7.0, 1.0, 1.0], "rows": [row]}
+    (tmp_path / "bench-made-up.json").write_text(json.dumps({"runs": [run]}))
+    first, *others = speed.table(tmp_path).splitlines()[2:]
+    assert "| <= 1.6 | not measured yet | 1.50 (1.00 to 2.00, 3 pairs) | 7 to 7 |" in first
+    assert all("not measured yet" in line for line in others)
+    assert sum("no GPU at hand" in line for line in others) == 4
+    assert speed.table(tmp_path) not in README
+
+
+def test_the_growth_follows_the_raw_times(tmp_path):
+    from recipes.results import speed
+
+    row = {"seconds": [3.0, 6.0, 2.0], "baseline_seconds": [2.0, 3.0, 2.0], "ratio": {"median": 99.0}}
+    runs = [{"workload": f"many-{size}", "tensors": size, "processes": 2, "rows": [row]} for size in (3000, 100)]
+    assert speed.growth(tmp_path) == ""
+    (tmp_path / "bench-made-up.json").write_text(json.dumps({"runs": runs}))
+    assert speed.growth(tmp_path).splitlines()[2:] == [
+        "| 100 | 2000.0 | 3000.0 | 1.50 (1.00 to 2.00, 3 pairs) |",
+        "| 3,000 | 2000.0 | 3000.0 | 1.50 (1.00 to 2.00, 3 pairs) |",
+    ]

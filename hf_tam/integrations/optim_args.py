@@ -33,7 +33,8 @@ _SHARED_KEYS: dict[str, tuple[Callable[[str], OptimArg], str]] = {
     "nonfinite": _WORD,
     "maximize": (_boolean, "true or false"),
     "foreach": _SWITCH,
-    "log_torque": (_boolean, "true or false"),  # for the Trainer, not for the constructor
+    "log_torque": (_boolean, "true or false"),  # this and the next one: for the Trainer, not for the constructor
+    "fused_clip": (_boolean, "true or false"),
 }
 _ADAM_KEYS = _SHARED_KEYS | {
     "beta1": _NUMBER,
@@ -49,6 +50,7 @@ _ELSEWHERE = {
     "lr": "use --learning_rate",
     "learning_rate": "use --learning_rate",
     "weight_decay": "use --weight_decay",
+    "max_grad_norm": "use --max_grad_norm, and fused_clip=true to clip inside the step",
     "betas": "use beta1=... and beta2=...",
 }
 

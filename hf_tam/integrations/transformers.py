@@ -20,6 +20,7 @@ from typing import Any
 from hf_tam.integrations.accelerate_checkpoint import exactly_loading
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
 from hf_tam.integrations.checkpoint_files import invalidate
+from hf_tam.integrations.clipping import max_grad_norm, prepare_clipping, take_over_clipping
 from hf_tam.integrations.deepspeed import refuse_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.peft import find_wrapped_adapters
@@ -63,6 +64,8 @@ def optimizer_class_and_kwargs(args: Any) -> tuple[type, dict[str, Any]]:
     values: dict[str, Any] = dict(parse_optim_args(args.optim, args.optim_args))
     values.pop("log_torque", None)
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if values.pop("fused_clip", False):
+        kwargs["max_grad_norm"] = max_grad_norm(args)
     if args.optim != "tam":
         betas = (values.pop("beta1", args.adam_beta1), values.pop("beta2", args.adam_beta2))
         kwargs |= {"betas": betas, "eps": args.adam_epsilon}
@@ -169,6 +172,7 @@ def _patch_trainer(module: ModuleType) -> None:
     _wrap(trainer, "_save_rng_state", after=_wait_for_everyone)
     module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
     patched.append("load_fsdp_optimizer")
+    patched.extend(take_over_clipping(trainer))
     _announce()
 
 
@@ -190,18 +194,20 @@ def _attach(trainer: Any, model: Any = None) -> None:
         optimizer.attach(trainer.model if model is None else model)
 
 
-def _prepare_torque_log(trainer: Any) -> None:
+def _prepare(trainer: Any) -> None:
+    """Do what the keys of `optim_args` say that are for the Trainer."""
     from hf_tam.integrations.torque_callback import arrange_callbacks
 
-    args, wanted = trainer.args, None
-    if args.optim in registered_names:
-        wanted = parse_optim_args(args.optim, args.optim_args).get("log_torque")
+    args = trainer.args
+    given = parse_optim_args(args.optim, args.optim_args) if args.optim in registered_names else {}
+    wanted = given.get("log_torque")
     arrange_callbacks(trainer.callback_handler.callbacks, wanted=None if wanted is None else bool(wanted))
+    prepare_clipping(trainer, wanted=bool(given.get("fused_clip")))
 
 
 def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> None:
     ours = uses_ours(trainer)
-    _prepare_torque_log(trainer)
+    _prepare(trainer)
     if ours:
         refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
         if trainer.is_fsdp_enabled and "peft" in sys.modules:

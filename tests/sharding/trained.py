@@ -63,7 +63,12 @@ class Trained:
         flat: Whether a missing gradient becomes zeros, as in a flat buffer.
         clip: Whether gradients are clipped.
         dtype: What forward and backward are computed in; by the wrapper, which is given inputs of it.
+
+    Attributes:
+        norm: The norm before clipping in the last step, where it was taken without a wrapper's help.
     """
+
+    norm = None
 
     def __init__(self, module, optimizer, *, flat=False, clip=True, dtype=torch.float32):
         self.module, self.optimizer = module, optimizer
@@ -93,7 +98,7 @@ class Trained:
         if self.clip and isinstance(self.module, FullyShardedDataParallel):
             self.module.clip_grad_norm_(CLIP)
         elif self.clip:
-            nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+            self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
         whole = None if self.dtype == torch.float32 else self.whole_gradients()
         self.optimizer.step()
         return whole

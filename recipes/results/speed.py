@@ -1,0 +1,122 @@
+"""The README's table of speed, from the bench-*.json files in this folder: `python -m recipes.results.speed`.
+
+The ratios are taken again from the raw times of the files, which `hf-tam bench` wrote; what no file holds is said to
+be not measured yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from hf_tam.bench.statistics import pair_ratio
+
+FOLDER = Path(__file__).parent
+
+
+class Bar(NamedTuple):
+    """A line of the table: what is compared, under which settings, and what it should be.
+
+    Attributes:
+        what: The two that are compared.
+        bar: For the ratio.
+        where: Facts of a run that it must have.
+        optimizer: Of the row.
+        baseline: Of the row.
+    """
+
+    what: str
+    bar: str
+    where: dict[str, Any]
+    optimizer: str = "adatamw"
+    baseline: str = "adamw"
+
+
+_CPU = {"device": "cpu", "processes": 1, "clip": False}
+_CUDA = {**_CPU, "device": "cuda"}
+_STEP = "step / `AdamW(fused=True)`"
+_CLIPPED = "step that clips / `clip_grad_norm_` and `AdamW(fused=True)`"
+BARS = (
+    Bar(f"CPU: {_STEP}", "<= 1.6", {**_CPU, "workload": "lora-7b"}),
+    Bar(f"CPU: {_STEP}", "<= 1.5", {**_CPU, "workload": "full-100m"}),
+    Bar(f"CPU: {_CLIPPED}", "<= 1.1", {**_CPU, "workload": "lora-7b", "clip": True}),
+    Bar(f"CPU: {_CLIPPED}", "<= 1.1", {**_CPU, "workload": "full-100m", "clip": True}),
+    Bar("CPU: `pytorch_optimizer.AdaTAM` / step", ">= 10", {**_CPU, "workload": "lora-7b"},
+        "pytorch_optimizer.AdaTAM", "adatamw"),
+    Bar("CPU: `pytorch_optimizer.AdaTAM` / step", ">= 10", {**_CPU, "workload": "full-100m"},
+        "pytorch_optimizer.AdaTAM", "adatamw"),
+    Bar(f"CPU, FSDP2 over 2 processes: {_STEP}", "<= 1.5", {**_CPU, "workload": "lora-7b", "processes": 2}),
+    Bar(f"GPU: {_STEP}", "<= 1.10", {**_CUDA, "workload": "lora-7b"}),
+    Bar(f"GPU: {_STEP}", "<= 1.35", {**_CUDA, "workload": "full-1b"}),
+    Bar(f"GPU: {_CLIPPED}", "<= 1.0", {**_CUDA, "workload": "lora-7b", "clip": True}),
+    Bar(f"GPU: {_CLIPPED}", "<= 1.0", {**_CUDA, "workload": "full-1b", "clip": True}),
+)  # fmt: skip
+
+
+def table(folder: Path = FOLDER) -> str:
+    """One line for each bar: the median of the pair ratios, its interval, and the load of the machine meanwhile.
+
+    Args:
+        folder: Where the files are.
+
+    Returns:
+        A Markdown table.
+    """
+    runs = list(_runs(folder))
+    lines = ["| measured | workload | bar | fp32 | bf16 | load average |", "|---|---|---|---|---|---|"]
+    for bar in BARS:
+        found = {dtype: _find(runs, bar, dtype) for dtype in ("float32", "bfloat16")}
+        loads = [run["load_average_after"][0] for run, _ in filter(None, found.values()) if run["load_average_after"]]
+        load = f"{min(loads):.0f} to {max(loads):.0f}" if loads else ""
+        cells = [_cell(pair, bar) for pair in found.values()]
+        lines.append(f"| {bar.what} | {bar.where['workload']} | {bar.bar} | {' | '.join(cells)} | {load} |")
+    return "\n".join(lines)
+
+
+def growth(folder: Path = FOLDER) -> str:
+    """How a sharded step grows with the number of tensors (16 x 1024 each): the `many-N` runs over 2 processes.
+
+    Args:
+        folder: Where the files are.
+
+    Returns:
+        A Markdown table; empty if nothing was measured.
+    """
+    runs = [run for run in _runs(folder) if run["workload"].startswith("many-") and run["processes"] == 2]
+    lines = ["| tensors | ms a step, `AdamW(fused=True)` | ms a step, AdaTAMW | ratio |", "|---|---|---|---|"]
+    for run in sorted(runs, key=lambda run: run["tensors"]):
+        for row in run["rows"]:
+            ratio = pair_ratio(row["seconds"], row["baseline_seconds"])
+            times = [f"{1e3 * median(row[name]):.1f}" for name in ("baseline_seconds", "seconds")]
+            between = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, {len(row['seconds'])} pairs)"
+            lines.append(f"| {run['tensors']:,} | {' | '.join(times)} | {between} |")
+    return "\n".join(lines) if runs else ""
+
+
+def _runs(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("bench-*.json")):
+        yield from json.loads(path.read_text(encoding="utf-8")).get("runs", ())
+
+
+def _find(runs: list[dict[str, Any]], bar: Bar, dtype: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The run and its row; the first, so that a second file for the same bar cannot be picked for its number."""
+    for run in runs:
+        if run["dtype"] == dtype and all(run[name] == value for name, value in bar.where.items()):
+            for row in run["rows"]:
+                if (row["optimizer"], row["baseline"]) == (bar.optimizer, bar.baseline):
+                    return run, row
+    return None
+
+
+def _cell(found: tuple[dict[str, Any], dict[str, Any]] | None, bar: Bar) -> str:
+    if found is None:
+        return f"not measured yet{' (no GPU at hand)' if bar.where['device'] == 'cuda' else ''}"
+    ratio = pair_ratio(found[1]["seconds"], found[1]["baseline_seconds"])
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, {len(found[1]['seconds'])} pairs)"
+
+
+if __name__ == "__main__":
+    print(table(), growth(), sep="\n\n")

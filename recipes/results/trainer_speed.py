@@ -1,0 +1,157 @@
+"""Tokens per second inside the Trainer, `adatamw` beside `adamw_torch_fused`.
+
+The LoRA demo of `sft.py`: its model, data, batches and arguments, without evaluation and checkpoints. Two Trainers
+take turns in one process, pair by pair, with a fresh adapter each time; the first pair warms up and is left out.
+
+    python -m recipes.results.trainer_speed --pairs 12 --json recipes/results/bench-trainer.json
+    python -m recipes.results.trainer_speed --profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from hf_tam.bench.machine import describe_machine, load_average
+from hf_tam.bench.statistics import pair_ratio
+from recipes import sft
+from recipes.support import causal_demo, models, sft_data, sft_model
+from recipes.support.config import parse_recipe_arguments
+from recipes.support.speed import TrainingClock, throughput
+
+OURS, THEIRS = "adatamw", "adamw_torch_fused"
+
+
+class _ProfileSteps(TrainerCallback):
+    """Hands the end of every step to a profiler."""
+
+    def __init__(self, profiler: profile) -> None:
+        self.profiler = profiler
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.profiler.step()
+
+
+def prepare(optim: str, base: Path, *, steps: int, log_torque: bool) -> Trainer:
+    """Return a Trainer for the demo of `sft.py`, as that script would build it.
+
+    Args:
+        optim: For --optim.
+        base: The demo's pretrained model.
+        steps: How many to train.
+        log_torque: Whether the torque is read at logging steps, as it is in the recipes.
+    """
+    words = [f"--optim={optim}", f"--max_steps={steps}", f"--output_dir={base.parent / 'run'}", "--disable_tqdm=true"]
+    words += ["--eval_strategy=no", "--eval_on_start=false", "--save_strategy=no"]
+    words += ["--optim_args=log_torque=true"] if log_torque and optim == OURS else []
+    groups = parse_recipe_arguments(sft.make_parser(), words, demo_config=sft.DEMO_CONFIG)
+    _, model_arguments, data, lora, arguments = groups
+    model_arguments.model_name_or_path = str(base)
+    splits = sft_data.load_splits(data, seed=arguments.seed)
+    set_seed(arguments.seed)
+    tokenizer, model = sft_model.load(model_arguments, lora, saves_state=False)
+    encoded = sft_data.encode_splits(splits, data, tokenizer, model.config)
+    trainer = sft.make_trainer(models.add_adapter(model, lora, sft.TaskType.CAUSAL_LM), tokenizer, groups, encoded)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def tokens_per_second(trainer: Trainer) -> float:
+    """Train; count as the recipes do."""
+    clock = TrainingClock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return throughput(trainer.train_dataset, clock.num_epochs, clock.seconds)["tokens_per_second"]
+
+
+def compare(base: Path, *, num_pairs: int, steps: int, log_torque: bool) -> dict[str, Any]:
+    """Train in turns, in alternating order.
+
+    Returns:
+        Tokens per second of each run, and the ratio: above 1 where `adatamw` is faster.
+    """
+    rates: dict[str, list[float]] = {OURS: [], THEIRS: []}
+    for number in range(num_pairs + 1):
+        for optim in (OURS, THEIRS) if number % 2 else (THEIRS, OURS):
+            rate = tokens_per_second(prepare(optim, base, steps=steps, log_torque=log_torque))
+            if number:
+                rates[optim].append(rate)
+        if number:
+            print(
+                f"pair {number}: {OURS} {rates[OURS][-1]:,.0f}, {THEIRS} {rates[THEIRS][-1]:,.0f} tokens/s", flush=True
+            )
+    return {"tokens_per_second": rates, "ratio": pair_ratio(rates[OURS], rates[THEIRS])._asdict()}
+
+
+def print_profile(base: Path, *, steps: int) -> None:
+    """Print where the time of a LoRA step goes: torch.profiler's table over `steps` steps after a warm-up."""
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
+        schedule=schedule(wait=0, warmup=5, active=steps),
+        acc_events=True,
+    ) as profiler:
+        trainer = prepare(OURS, base, steps=steps + 5, log_torque=False)
+        trainer.add_callback(_ProfileSteps(profiler))
+        trainer.train()
+    averages = profiler.key_averages()
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50))
+    total = sum(event.self_cpu_time_total for event in averages)
+    step = sum(event.cpu_time_total for event in averages if event.key.startswith("Optimizer.step#"))
+    print(f"Optimizer.step: {100 * step / total:.1f}% of the CPU time of a step")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare or profile; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.results.trainer_speed", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--pairs", type=int, default=12, help="default: 12")
+    parser.add_argument("--steps", type=int, default=40, help="of each run; default: 40")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    parser.add_argument("--log_torque", action="store_true", help="log the torque too, as the recipes do")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and end")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each run's rate included")
+    parsed = parser.parse_args(argv)
+    if parsed.pairs < 1 or parsed.steps < 1 or parsed.threads < 1:
+        parser.error("--pairs, --steps and --threads must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder, "base")
+        causal_demo.build_base(base, show_progress=False)
+        torch.set_num_threads(parsed.threads)
+        if parsed.profile:
+            print_profile(base, steps=parsed.steps)
+            return 0
+        before = load_average()
+        result = compare(base, num_pairs=parsed.pairs, steps=parsed.steps, log_torque=parsed.log_torque)
+    ratio = result["ratio"]
+    interval = f"{ratio['low']:.3f} .. {ratio['high']:.3f}"
+    print(f"{OURS} / {THEIRS}: {ratio['median']:.3f} ({interval}) of the tokens per second")
+    if parsed.json is not None:
+        facts = {
+            "command": shlex.join(["python", "-m", "recipes.results.trainer_speed", *argv]),
+            "machine": describe_machine(),
+            "threads": parsed.threads,
+            "steps": parsed.steps,
+            "load_average_before": before,
+            **result,
+            "load_average_after": load_average(),
+        }
+        parsed.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
