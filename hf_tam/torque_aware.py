@@ -160,7 +160,8 @@ class TorqueAware(Optimizer, ABC):
         self._check_devices(buckets)
         self._telemetry.start(reducer)
         limit = self._max_grad_norm(reducer)
-        if limit is not None and any(entry.coupled_decay for bucket in buckets for entry in bucket.entries):
+        # Not by what this rank has gradients of: all must take as many reductions.
+        if limit is not None and self.coupled and any(group["weight_decay"] for group in self.param_groups):
             self._reduce_clipped(reducer, buckets, limit)
             limit = None
         else:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback
 
+import hf_tam
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 from tests.sharding import comparing, strategies
@@ -56,6 +57,28 @@ def test_a_coupled_decay_takes_the_norm_first(worlds, optimizer_name):
         assert result["parameters"] <= PARAMETERS, result
         assert result["grad_norm"] <= PARAMETERS, result
         assert {len(calls) for calls in result["calls"]} == {2}
+
+
+def step_without_gradients():
+    """A step that no rank has a gradient for, with a decay on a tensor that one rank holds and the other has not."""
+    module = strategies.SHARDINGS["fsdp1-full_shard-2"].start(Model(False), "AdaTAM", {}, 1).module
+    first, *others = module.parameters()
+    groups = [{"params": [first], "weight_decay": 0.1}, {"params": others}]
+    optimizer = hf_tam.AdaTAM(groups, max_grad_norm=CLIP)
+    optimizer.attach(module)
+    module(torch.ones(2, 5), 1).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    calls = []
+    with comparing.counted(calls, optimizer):
+        optimizer.step()
+    return first.numel(), [name for name, _ in calls]
+
+
+def test_every_rank_takes_as_many_norms(worlds):
+    (held, calls), (not_held, others) = worlds(2, "norms").run(step_without_gradients)
+    assert held > not_held == 0
+    assert calls == others == ["all_reduce"] * 2
 
 
 def refused_step(name):
