@@ -253,6 +253,7 @@ class TorqueAware(Optimizer, ABC):
     def _reduce_clipped(self, reducer: Reducer, buckets: list[Bucket], limit: float) -> None:
         """Clip the gradients themselves, to which a coupled decay is added, before their sums are taken."""
         self._reduce(reducer, buckets, only_norms=True)
+        self._refuse_nonfinite(buckets)
         self._set_clip(buckets, limit)
         squares = [bucket.raw_grad_sq for bucket in buckets]
         for bucket in buckets:

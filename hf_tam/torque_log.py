@@ -47,7 +47,7 @@ class TorqueReading(NamedTuple):
         where none did; the damping is that of all tensors. Every tensor counts the same, whatever its size.
         """
         stepped = [tensor for tensor in self.tensors if math.isfinite(tensor.effective_lr)]
-        dampings = sorted(tensor.damping for tensor in self.tensors)
+        dampings = [tensor.damping for tensor in self.tensors]
         values: dict[str, float | None] = {
             "cosine_mean": _mean(tensor.cosine for tensor in stepped),
             "damping_mean": _mean(dampings),
@@ -186,11 +186,5 @@ def _mean(values: Iterable[float]) -> float | None:
     return math.fsum(numbers) / len(numbers) if numbers else None
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float | None:
-    """The quantile of sorted values, linear between neighbours, as numpy's default."""
-    if not ordered:
-        return None
-    place = share * (len(ordered) - 1)
-    lower = math.floor(place)
-    upper = min(lower + 1, len(ordered) - 1)
-    return ordered[lower] + (place - lower) * (ordered[upper] - ordered[lower])
+def _quantile(values: Sequence[float], share: float) -> float | None:
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item() if values else None

@@ -105,14 +105,17 @@ def test_propagated_as_torch_does(name, backend):
     assert bool(optimizer.torque_stats()["torque"].isfinite().all())
 
 
-def test_raised_before_anything_changes():
+@pytest.mark.parametrize("name", ["AdaTAMW", "AdaTAM", "TAM"])
+def test_raised_before_anything_changes(name):
+    """Gradients included, also where a coupled decay has them clipped in place."""
     parameters = parameters_of()
-    before = copy.deepcopy(parameters)
-    optimizer = hf_tam.AdaTAMW(parameters, nonfinite="raise", max_grad_norm=0.5)
+    optimizer = getattr(hf_tam, name)(parameters, nonfinite="raise", max_grad_norm=0.5, weight_decay=0.1)
     set_gradients(parameters, 0, 1.0, broken=1)
+    before = copy.deepcopy([*parameters, *(parameter.grad for parameter in parameters)])
     with pytest.raises(FloatingPointError, match="parameter number 1"):
         optimizer.step()
-    assert all(torch.equal(left, right) for left, right in zip(parameters, before, strict=True))
+    after = [*parameters, *(parameter.grad for parameter in parameters)]
+    assert all(torch.equal(left.nan_to_num(), right.nan_to_num()) for left, right in zip(after, before, strict=True))
 
 
 def test_one_norm_over_all_groups():
