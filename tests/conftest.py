@@ -28,3 +28,11 @@ def _seeded():
     torch.manual_seed(0)
     # small tensors: more threads only wait for one another, and on a busy machine for minutes
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Tests that start several processes go to one worker: two of them at a time wait for each other's threads."""
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.xdist_group("distributed"))

@@ -170,6 +170,7 @@ def test_directory_in_use_is_refused(seq2seq):
     assert "is not empty" in error
 
 
+@pytest.mark.slow
 def test_run_stopped_by_ctrl_c_continues_bit_for_bit(tiny_t5, tmp_path):
     """Stopped in a process of its own; dropout is T5's own 0.1."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

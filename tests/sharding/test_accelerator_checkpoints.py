@@ -13,7 +13,7 @@ from tests.sharding.cpu_fsdp import fsdp_on_cpu
 from tests.sharding.trained import Model
 
 # One worker runs them all, so that the worlds are started once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 RANKS = 2
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"

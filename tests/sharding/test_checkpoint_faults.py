@@ -21,7 +21,7 @@ from tests.sharding.processes import World
 from tests.sharding.trainer_runs import FULL, RANKS, SHARDED, checkpoint
 
 # One worker runs them all, so that the worlds are started once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 TIMEOUT_S = 20
 """Of the collectives of ranks that outlive a killed one: they notice at once, unless the machine is very busy."""

@@ -7,7 +7,7 @@ from tests.sharding import checkpoints
 from tests.sharding.checkpoints import SAVED_AT, STOPPED_AT
 
 # One worker runs them all, so that the worlds are started once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 BF16 = torch.bfloat16
 

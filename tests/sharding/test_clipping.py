@@ -17,7 +17,7 @@ from tests.sharding import framework_runs as runs
 from tests.sharding.test_equivalence import PARAMETERS, TORQUE
 from tests.sharding.trained import CLIP, Model, batches_of_steps
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(

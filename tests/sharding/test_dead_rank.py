@@ -11,7 +11,7 @@ from tests.sharding import checkpoints
 from tests.sharding.processes import World
 
 # One worker runs all distributed tests.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 TIMEOUT_S = 6
 """Of the process group: long enough for two small models to be built at the same time on a busy machine."""

@@ -10,7 +10,7 @@ from tests.sharding import comparing, strategies
 from tests.sharding.trained import Model, batches_of_steps
 
 # One worker runs them all, so that the worlds are started once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 # Torques are sums in fp64, rounded to fp32 once a step; parameters differ by the order in which gradients are summed.
 TORQUE = 1e-6

@@ -10,7 +10,7 @@ import torch
 from tests.integrations.untouched import tiny_llama
 from tests.sharding import framework_runs as runs
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 # Torques are fp64 sums of gradients that fp32 all-reduces and shorter batches have summed in another order.
 TORQUE = 1e-6
 PARAMETERS = 1e-5

@@ -9,7 +9,7 @@ from tests.sharding import trainer_runs
 from tests.sharding.trainer_runs import FULL, RANKS, SHARDED, STOPPED_AT, checkpoint
 
 # One worker runs them all, so that the worlds are started once.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 PLUGINS = [None, (1, FULL), (1, SHARDED), (2, FULL), (2, SHARDED)]
 

@@ -12,7 +12,7 @@ from tests.sharding.processes import World
 from tests.sharding.trained import Model, batches_of_steps
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 SAVED_AFTER = 12
 STEPS_AFTER = 4
