@@ -71,7 +71,9 @@ def load_model(
     if lora is not None and lora.load_in_4bit:
         computed = getattr(load_config(arguments), "dtype", None) if dtype == "auto" else dtype
         options |= quantization.load_options(lora, computed or torch.float32, tp_size=tp_size)
-    return _load(auto_class, arguments, dtype=dtype, ignore_mismatched_sizes=new_head, **options)
+    model = _load(auto_class, arguments, dtype=dtype, ignore_mismatched_sizes=new_head, **options)
+    quantization.keep_layout(model)
+    return model
 
 
 def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType | None) -> Any:

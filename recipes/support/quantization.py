@@ -40,6 +40,18 @@ def load_options(arguments: LoraArguments, dtype: torch.dtype, *, tp_size: int) 
     return {"quantization_config": config, "device_map": {"": PartialState().device}}
 
 
+def keep_layout(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of a model on a CPU at its first evaluation.
+
+    Where the CPU has AVX512-BF16, bitsandbytes 0.50 does so for faster inference. The packed weights have other values
+    (scales in bf16, no double quantisation), give no gradient to the layers below when training goes on, and cannot be
+    made at all where a layer's width is no multiple of the block size.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_quantized(model: PreTrainedModel) -> bool:
     """Whether the frozen weights are in 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False))

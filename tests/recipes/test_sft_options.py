@@ -177,6 +177,26 @@ def test_4_bits_are_refused_by_the_name_of_the_strategy(environment, tp_size, na
         quantization.load_options(LoraArguments(load_in_4bit=True), torch.float32, tp_size=tp_size)
 
 
+def test_4_bits_stay_as_they_were_loaded_when_evaluated(monkeypatch):
+    """bitsandbytes repacks them on a CPU with AVX512-BF16: no gradient gets through when training goes on."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from recipes.support import quantization
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layers = [bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32) for _ in range(2)]
+    model = torch.nn.Sequential(*layers).to("cpu").requires_grad_(False)
+    quantization.keep_layout(model)
+    rows = torch.randn(3, 64)
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(rows)
+    model.train()
+    trained = model(rows.requires_grad_())
+    torch.testing.assert_close(trained, evaluated)
+    trained.square().sum().backward()
+    assert rows.grad.abs().min() > 0
+
+
 def test_4_bits_where_a_recipe_does_not_load_them():
     with pytest.raises(RecipeError, match="this recipe does not load its model in 4 bits"):
         models.add_adapter(tiny_llama(), LoraArguments(load_in_4bit=True), peft.TaskType.CAUSAL_LM)
