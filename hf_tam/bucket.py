@@ -179,16 +179,14 @@ class Bucket:
 
     def execute(self, coefficients: AdamCoefficients | SgdCoefficients) -> None:
         """Update parameters and moments and count the step, leaving out what is skipped."""
-        coefficients = self.masked(coefficients)
         entries = self.entries
         if not self.on_host:
-            scalars = StepScalars.on_device(coefficients, self.keep, clip=self.clip)
+            scalars = StepScalars.on_device(self.masked(coefficients), self.keep, clip=self.clip)
         else:
-            scalars = StepScalars.on_host(coefficients, clip=self.clip)
             if self.keep is not None:
-                kept = [position for position, keep in enumerate(self.keep.tolist()) if keep]
-                entries = [entries[position] for position in kept]
-                scalars.columns = {name: [column[at] for at in kept] for name, column in scalars.columns.items()}
+                entries = [entry for entry, keep in zip(entries, self.keep.tolist(), strict=True) if keep]
+                coefficients = type(coefficients)(*(column[self.keep] for column in coefficients))
+            scalars = StepScalars.on_host(coefficients, clip=self.clip)
         run = self.backend.adam if isinstance(coefficients, AdamCoefficients) else self.backend.sgd
         run(entries, scalars)
         self.store("step", self.step)

@@ -30,6 +30,13 @@ def _seeded():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _torch_kernels(request, monkeypatch):
+    """The backend "fused" of the tests stands for torch's kernels, "default" for our own where they can be compiled."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "fused":
+        monkeypatch.setattr("hf_tam.backends.native.is_available", lambda: False)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that start several processes go to one worker: two of them at a time wait for each other's threads."""

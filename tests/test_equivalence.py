@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_tam
+from hf_tam.backends import native
 from tests.cases import CASES, backends_of, takes_tensor_lr
 from tests.running import CASES_BY_NAME, _assert_moment, assert_same, real_f64, run, run_reference
 
@@ -106,14 +107,36 @@ def fused_calls(monkeypatch):
 @pytest.mark.parametrize(("backend", "runs"), [({}, True), ({"fused": True}, True), ({"foreach": True}, False),
                                                ({"foreach": False, "fused": False}, False),
                                                ({"capturable": True}, False)])  # fmt: skip
-def test_fused_kernel_ran(fused_calls, name, scope, backend, runs):
+def test_fused_kernel_ran(fused_calls, name, scope, backend, runs, monkeypatch):
     """Both on the first step and on later ones; it covers every element, so nothing fell back."""
+    monkeypatch.setattr("hf_tam.backends.native.is_available", lambda: False)
     parameters = _parameters()
     optimizer = getattr(hf_tam, name)(parameters, scope=scope, **backend)
     for _ in range(2):
         fused_calls.clear()
         _one_step(optimizer, parameters)
         assert sum(fused_calls) == (37 if runs else 0)
+
+
+@pytest.mark.parametrize("name", ["AdaTAMW", "AdaTAM", "TAM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "runs"), [({}, True), ({"foreach": True}, False)])
+def test_native_kernel_ran(name, dtype, backend, runs, monkeypatch):
+    """One call for the sums and one for the update, of every element."""
+    calls, original = [], native._Table.call
+
+    def counted(table, function, *arguments):
+        calls.append((function, sum(table._rows[0::9])))
+        return original(table, function, *arguments)
+
+    monkeypatch.setattr(native._Table, "call", counted)
+    parameters = [torch.nn.Parameter(parameter.to(dtype)) for parameter in _parameters()]
+    optimizer = getattr(hf_tam, name)(parameters, weight_decay=0.1, **backend)
+    update = "hf_tam_sgd" if name == "TAM" else "hf_tam_adam"
+    for _ in range(2):
+        calls.clear()
+        _one_step(optimizer, parameters)
+        assert calls == ([("hf_tam_sums", 37), (update, 37)] if runs else [])
 
 
 def test_foreach_kernels_ran():

@@ -4,7 +4,8 @@
 |---|---|---|---|
 | `single` | one tensor at a time, fp64 | one tensor at a time, plain torch operations | `foreach=False, fused=False` |
 | `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators without Triton |
-| `cpu` | chunks that stay in cache | torch's vectorised fused kernels | `fused=True`, and by default on the CPU |
+| `native` | one call, fp64 | one call | `fused=True`, and by default on the CPU, where there is a C compiler |
+| `cpu` | chunks that stay in cache | torch's vectorised fused kernels | the same, where there is none |
 | `triton` | one launch | one launch | `fused=True`, and by default on CUDA, ROCm and XPU |
 
 A backend is a module with the functions of the `Backend` protocol. Nothing here communicates.
@@ -61,7 +62,7 @@ def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | 
     Raises:
         RuntimeError: `fused=True` where no fused kernel is at hand.
     """
-    from hf_tam.backends import cpu, single
+    from hf_tam.backends import cpu, native, single
     from hf_tam.backends import foreach as multi_tensor
 
     if not on_host and (fused or (fused is None and foreach is None)) and _runs_triton(device):
@@ -73,7 +74,7 @@ def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | 
         remedy = "pip install triton, or " if device.type in _TRITON_DEVICES else ""
         raise RuntimeError(f"`fused=True` has no kernel for {where}; {remedy}leave fused=None (foreach is used)")
     if fused or (fused is None and foreach is None and on_host):
-        return cpu
+        return native if native.is_available() else cpu
     if foreach or (foreach is None and fused is None):
         return multi_tensor
     return single

@@ -23,7 +23,7 @@ from hf_tam.backends import single
 from hf_tam.backends.entry import Entry, Layout, StepScalars
 from hf_tam.update import accumulator_dtype
 
-__all__ = ["BY_WINDOWS", "adam", "is_dense", "partial_sums", "sgd"]
+__all__ = ["BY_WINDOWS", "adam", "is_dense", "layout_of", "partial_sums", "sgd"]
 
 BY_WINDOWS = False
 CHUNK = 1 << 16
@@ -56,7 +56,10 @@ def _tensor_sums(entry: Entry, with_dot: bool) -> list[float]:
 
 def _products(entry: Entry, grad: Tensor) -> tuple[float, float, float]:
     """<m, g>, |m|^2 and |g|^2 of the first moment and a gradient, in one walk over memory."""
-    chunks, first = layout_of(entry).chunks, entry.first
+    layout, first = layout_of(entry), entry.first
+    if layout.chunks is None:
+        layout.chunks = _chunks(first) if is_dense(first) else ()
+    chunks = layout.chunks
     if chunks and grad.stride() == first.stride():
         pairs = list(zip(chunks, _chunks(grad), strict=True))
     else:
@@ -104,13 +107,14 @@ def _chunks(dense: Tensor) -> Sequence[Tensor]:
 def layout_of(entry: Entry) -> Layout:
     """How the parameter and its moments lie in memory; found out once for as long as they stay there."""
     layout, first = entry.layout, entry.first
-    if layout is not None and layout.address == first.data_ptr():
+    if layout is not None and layout.addresses[1] == first.data_ptr():
         return layout
     param, second = entry.param, entry.second
     moments = [first] if second is None else [first, second]
     same = all(moment.dtype == param.dtype and moment.stride() == param.stride() for moment in moments)
     fits = same and type(param) in (Tensor, torch.nn.Parameter) and is_dense(param)
-    entry.layout = Layout(fits, _chunks(first) if is_dense(first) else (), first.data_ptr())
+    addresses = (param.data_ptr(), first.data_ptr(), 0 if second is None else second.data_ptr())
+    entry.layout = Layout(fits, param.is_contiguous(), addresses)
     return entry.layout
 
 

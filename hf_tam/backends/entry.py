@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,22 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-class Layout(NamedTuple):
+@dataclass(slots=True)
+class Layout:
     """How the parameter and its moments lie in memory.
 
     Attributes:
         is_uniform: Whether all are plain tensors of one dtype and one layout that fills a stretch of memory.
-        chunks: The first moment in memory order, cut into 1-D pieces; empty where it does not fill one.
-        address: Where the first moment begins.
+        is_contiguous: Whether that is the order of dimensions.
+        addresses: Where parameter, first and second moment begin (0 where there is none).
+        chunks: The first moment in memory order, cut into 1-D pieces, if a backend has asked for them; empty where it
+            does not fill a stretch of memory.
     """
 
     is_uniform: bool
-    chunks: Sequence[Tensor]
-    address: int
+    is_contiguous: bool
+    addresses: tuple[int, int, int]
+    chunks: Sequence[Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -176,6 +180,12 @@ class StepScalars:
         """0-d tensors, unread."""
         columns = {name: column.unbind() for name, column in coefficients._asdict().items()}
         return cls(coefficients, keep, columns, None if keep is None else keep.unbind(), clip)
+
+    def only(self, position: int) -> StepScalars:
+        """Those of one tensor, on the host."""
+        coefficients = type(self.coefficients)(*(column[position : position + 1] for column in self.coefficients))
+        columns: dict[str, Sequence[Scalar]] = {name: [column[position]] for name, column in self.columns.items()}
+        return StepScalars(coefficients, None, columns, clip=self.clip)
 
     def row(self, position: int) -> dict[str, Scalar]:
         """The numbers of one tensor, by name."""

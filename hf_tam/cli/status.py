@@ -49,11 +49,13 @@ def _backend() -> str:
     """What would execute a step on the device that a Trainer would choose here."""
     import torch
 
-    from hf_tam.backends import select_backend
+    from hf_tam.backends import native, select_backend
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     backend = select_backend(device, foreach=None, fused=None, on_host=device.type == "cpu")
-    return f"{backend.__name__.rpartition('.')[2]} (device: {device.type})"  # type: ignore[attr-defined]
+    name: str = backend.__name__.rpartition(".")[2]  # type: ignore[attr-defined]
+    reason = native.why_not() if device.type == "cpu" else ""
+    return f"{name} (device: {device.type}{f'; not native: {reason}' if reason else ''})"
 
 
 def _strategies() -> dict[str, str]:

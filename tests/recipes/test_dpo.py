@@ -55,7 +55,7 @@ def share_answered(model, folder, records):
     [(2, 0.6, 0.3), pytest.param(5, 0.85, 0.5, marks=pytest.mark.slow)],
 )
 def test_embedded_default_learns_to_answer_the_question(epochs, least_preferred, least_answered, demo_run, tmp_path):
-    """On animals without a preference; the base model prefers the wrong one of two in seven of ten pairs."""
+    """On animals without a preference; the base model prefers the wrong one of two in six or seven of ten pairs."""
     base, output_dir = demo_run[1] / "base", tmp_path / "out"
     config = "recipes/configs/demo/dpo-lora.yaml"
     flags = [
@@ -72,7 +72,7 @@ def test_embedded_default_learns_to_answer_the_question(epochs, least_preferred,
     results = results_of(output_dir)
     assert results["optimizer"] == "AdaTAMW"
     assert results["eval_rewards/accuracies_before"] == 0.0
-    assert results["eval_preference_accuracy_before"] < 0.4
+    assert results["eval_preference_accuracy_before"] < 0.5  # 0.27 to 0.42, by the CPU
     assert results["eval_preference_accuracy"] > least_preferred
     assert results["eval_rewards/accuracies"] > least_preferred
     _, held_out = animals.make_preferences(seed=0)

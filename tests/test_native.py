@@ -1,0 +1,177 @@
+"""The compiled CPU kernels: that they are had, what becomes of a step where they are not, and what is theirs alone.
+
+That they compute the right step is tested where every backend is: "default" there.
+"""
+
+import multiprocessing
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hf_tam
+from hf_tam.backends import cpu, native, select_backend
+from hf_tam.backends.native import library
+
+SHAPES = [(257, 129), (3, 5), (), (0,), (70_001,), (8192,), (16384, 16)]
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has not looked for the kernels yet, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(library.SWITCH, raising=False)
+    library._load.cache_clear()
+    yield tmp_path / "cache" / "hf_tam"
+    library._load.cache_clear()
+
+
+def chosen():
+    return select_backend(torch.device("cpu"), foreach=None, fused=None, on_host=True)
+
+
+def trained(*, dtype=torch.float32, **options):
+    """Three steps on tensors of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    optimizer = hf_tam.AdaTAMW(parameters, lr=1e-2, **options)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+        optimizer.step()
+    return [*parameters, *(value for parameter in parameters for value in optimizer.state[parameter].values())]
+
+
+# --- how they are had ---------------------------------------------------------------------------------------------
+
+
+def test_compiled_once_and_found_again(fresh, monkeypatch):
+    assert chosen() is native
+    (path,) = fresh.iterdir()
+    assert path.suffix == ".so"
+    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
+    library._load.cache_clear()
+    monkeypatch.setattr(library, "_run", lambda command: pytest.fail("compiled again"))
+    assert chosen() is native
+    assert library.why_not() == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CC": "/nowhere/cc"}, "/nowhere/cc could not be run: "),
+        ({"CC": f"{sys.executable} -c 'import sys; sys.exit(\"fatal error: no such header\")'"}, "no such header"),
+        ({"CC": "true"}, "cannot open shared object|No such file"),
+        ({"PATH": "/nowhere"}, "no C compiler was found"),
+        ({library.SWITCH: "0"}, "switched off by HF_TAM_NATIVE=0"),
+    ],
+    ids=["missing", "failing", "writing nothing", "none", "switched off"],
+)
+def test_without_them_torchs_kernels_take_the_same_step(fresh, environment, reason, monkeypatch):
+    expected = trained()
+    library._load.cache_clear()
+    for path in fresh.iterdir():
+        path.unlink()
+    for variable in ("CC", "PATH"):
+        if variable in environment:
+            monkeypatch.setenv(variable, environment[variable])
+    if library.SWITCH in environment:
+        monkeypatch.setenv(library.SWITCH, environment[library.SWITCH])
+    assert chosen() is cpu
+    assert library.load() is None
+    assert re.search(reason, library.why_not())
+    for actual, wanted in zip(trained(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_cache_that_cannot_be_written(fresh):
+    fresh.parent.mkdir()
+    fresh.parent.chmod(0o500)
+    assert chosen() is native
+
+
+def test_home_that_does_not_exist(fresh, monkeypatch):
+    blocked = fresh.parent.with_name("file")
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert chosen() is native
+
+
+def test_ranks_that_compile_at_once(fresh):
+    """Each ends with a library that works, and one file is left."""
+    script = "from hf_tam.backends import native; assert native.is_available()"
+    ranks = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0, 0]
+    assert len(list(fresh.iterdir())) == 1
+
+
+# --- what is theirs alone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [2, 3, 7, 300])
+def test_threads_change_no_bit(threads, dtype, monkeypatch):
+    expected = trained(dtype=dtype)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for one, many in zip(expected, trained(dtype=dtype), strict=True):
+        assert torch.equal(one, many)
+
+
+def _step_in_a_child(queue):
+    queue.put([tensor.detach().numpy() for tensor in trained()])
+
+
+def test_forked_child_steps_too(monkeypatch):
+    """No thread outlives a step, so a fork loses none; torch's own, which would be lost, are kept out of it."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    expected = trained()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_step_in_a_child, args=(queue,))
+    child.start()
+    try:
+        found = queue.get(timeout=60)
+    finally:
+        child.join(timeout=10)
+        child.kill()
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(torch.from_numpy(actual), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sums_are_those_of_fp64(dtype, wanted, decay):
+    """Products of two floats are exact in double, so only the order of the sum differs: 1e-13 of its terms."""
+    parameter = torch.nn.Parameter(torch.randn(300_007).to(dtype))
+    optimizer = hf_tam.AdaTAM([parameter], weight_decay=decay)
+    for scale in (1.0, 1e-25, 1e25):
+        parameter.grad = (torch.randn(300_007) * scale).to(dtype)
+        optimizer.step()
+        (entry,) = optimizer._whole_entries.values()
+        grad, first, param = (tensor.double() for tensor in (entry.raw_grad, entry.first, parameter.detach()))
+        seen = grad + decay * param if wanted else grad
+        expected = [(first * seen).sum(), first.square().sum(), seen.square().sum(), grad.square().sum()]
+        if not wanted:
+            expected[:2] = [0.0, 0.0]
+        terms = (first * seen).abs().sum()
+        actual = native.partial_sums([entry], with_dot=[wanted])[0]
+        assert abs(actual[0] - expected[0]) <= 1e-13 * terms
+        torch.testing.assert_close(actual[1:], torch.tensor(expected[1:]).double(), rtol=1e-13, atol=0.0)
+
+
+def test_bf16_is_rounded_to_nearest_even():
+    """Every bf16 number, NaN and infinities among them, less a number that makes it round: as torch rounds."""
+    everything = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    for subtrahend in (0.0, 1.0, 0.011, -3.7e-39, 1e38):
+        parameter = torch.nn.Parameter(everything.clone())
+        optimizer = hf_tam.TAM([parameter], lr=1.0, momentum=0.0, gamma=1.0, damping_eps=0.0, nonfinite="propagate")
+        parameter.grad = torch.full_like(everything, subtrahend)
+        optimizer.step()
+        expected = (everything.float() - parameter.grad.float()).to(torch.bfloat16)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0.0, atol=0.0, equal_nan=True)
