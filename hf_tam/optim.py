@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_tam import update
+from hf_tam.backends.windows import AdamStep, SgdStep
 from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import ADAPTIVE_STEP_SIZES, MOMENTUM_STEP_SIZES
 from hf_tam.torque_aware import TorqueAware
@@ -53,20 +54,14 @@ class _Adaptive(TorqueAware):
         bucket.execute(coefficients)
         bucket.store("exp_avg_scale", moment.scale)
 
-    def _update_by_windows(self, bucket: Bucket, skipped: Tensor) -> bool:
-        from hf_tam.backends import triton
-
-        bound, group = triton.bind(bucket.entries), bucket.group
-        if bound.table.outside:
-            return False
+    def _window_step(self, bucket: Bucket) -> AdamStep:
+        group = bucket.group
         decay = 0.0 if self.coupled else group["weight_decay"]
-        step = triton.AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **_shared_step(bucket))
-        bucket.set_report(**triton.adam_windows(bound, bucket.matrix, step, skipped=skipped)._asdict())
-        return True
+        return AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **_shared_step(bucket))
 
 
 def _shared_step(bucket: Bucket) -> dict[str, Any]:
-    """What the adaptive and the momentum step of the window kernels have in common."""
+    """What the adaptive and the momentum step by windows have in common."""
     group = bucket.group
     return {
         "lr": bucket.learning_rate(),
@@ -242,15 +237,8 @@ class TAM(TorqueAware):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, {**arguments, "fused": None, "capturable": False})
 
-    def _update_by_windows(self, bucket: Bucket, skipped: Tensor) -> bool:
-        from hf_tam.backends import triton
-
-        bound = triton.bind(bucket.entries)
-        if bound.table.outside:
-            return False
-        step = triton.SgdStep(momentum=bucket.group["momentum"], **_shared_step(bucket))
-        bucket.set_report(**triton.sgd_windows(bound, bucket.matrix, step, skipped=skipped)._asdict())
-        return True
+    def _window_step(self, bucket: Bucket) -> SgdStep:
+        return SgdStep(momentum=bucket.group["momentum"], **_shared_step(bucket))
 
     def _moment_scale(self, bucket: Bucket) -> Tensor:
         return torch.full_like(bucket.scalars["step"], 1.0 if bucket.literal else 0.5)

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import buffers, checkpoint, update
 from hf_tam.backends import NUM_SUMS, Entry, select_backend
+from hf_tam.backends.windows import AdamStep, SgdStep
 from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
@@ -217,13 +218,20 @@ class TorqueAware(Optimizer, ABC):
             or any(group["nonfinite"] == "raise" for group in self.param_groups)
         ):
             return buckets
-        return [
-            bucket
-            for bucket in buckets
-            if not bucket.backend.BY_WINDOWS
-            or bucket.group["scope"] != "tensor"
-            or not self._update_by_windows(bucket, self._telemetry.skipped_on(bucket.device))
-        ]
+        left = []
+        for bucket in buckets:
+            report = None
+            if bucket.group["scope"] == "tensor":
+                skipped = self._telemetry.skipped_on(bucket.device)
+                step = self._window_step(bucket)
+                report = bucket.backend.step_by_windows(bucket.entries, bucket.matrix, step, skipped=skipped)
+            if report is None:
+                left.append(bucket)
+                continue
+            bucket.set_report(**report._asdict())
+            if bucket.on_host:
+                self._telemetry.read_skipped()
+        return left
 
     def _max_grad_norm(self, reducer: Reducer) -> float | None:
         limits = {group["max_grad_norm"] for group in self.param_groups}
@@ -499,13 +507,8 @@ class TorqueAware(Optimizer, ABC):
         """Take the step of one bucket, whose tensors have the cosines `cosine`, shape (n,)."""
 
     @abstractmethod
-    def _update_by_windows(self, bucket: Bucket, skipped: Tensor) -> bool:
-        """Let the backend take the whole step; False, and nothing done, where it has tensors that it cannot.
-
-        Args:
-            bucket: Its backend has `BY_WINDOWS`.
-            skipped: int64, shape (); the number of tensors left out is added to it.
-        """
+    def _window_step(self, bucket: Bucket) -> AdamStep | SgdStep:
+        """The hyperparameters of the step of one bucket, for a backend that takes it whole."""
 
     @abstractmethod
     def _moment_scale(self, bucket: Bucket) -> Tensor:

@@ -32,7 +32,7 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _torch_kernels(request, monkeypatch):
-    """The backend "fused" of the tests stands for torch's kernels, "default" for our own where they can be compiled."""
+    """The backend "fused" stands for torch's kernels in the tests, and "default" for our own."""
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "fused":
         monkeypatch.setattr("hf_tam.backends.native.is_available", lambda: False)
 

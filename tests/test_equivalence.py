@@ -120,9 +120,22 @@ def test_fused_kernel_ran(fused_calls, name, scope, backend, runs, monkeypatch):
 
 @pytest.mark.parametrize("name", ["AdaTAMW", "AdaTAM", "TAM"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("backend", "runs"), [({}, True), ({"foreach": True}, False)])
-def test_native_kernel_ran(name, dtype, backend, runs, monkeypatch):
-    """One call for the sums and one for the update, of every element."""
+@pytest.mark.parametrize(
+    ("options", "functions"),
+    [
+        ({}, ["step"]),
+        ({"nonfinite": "propagate", "step_size": "paper"}, ["step"]),
+        ({"scope": "model"}, ["sums", "update"]),
+        ({"nonfinite": "raise"}, ["sums", "update"]),
+        ({"max_grad_norm": 1.0}, ["sums", "update"]),
+        ({"torque_steps": 5}, ["sums", "update"]),
+        ({"torque_steps": 0, "nonfinite": "propagate"}, ["update"]),
+        ({"foreach": True}, []),
+    ],
+    ids=str,
+)
+def test_native_kernel_ran(name, dtype, options, functions, monkeypatch):
+    """Of every element: the whole step in one call, or the sums in one and the update in another."""
     calls, original = [], native._Table.call
 
     def counted(table, function, *arguments):
@@ -131,12 +144,13 @@ def test_native_kernel_ran(name, dtype, backend, runs, monkeypatch):
 
     monkeypatch.setattr(native._Table, "call", counted)
     parameters = [torch.nn.Parameter(parameter.to(dtype)) for parameter in _parameters()]
-    optimizer = getattr(hf_tam, name)(parameters, weight_decay=0.1, **backend)
-    update = "hf_tam_sgd" if name == "TAM" else "hf_tam_adam"
+    decay = 0.0 if "max_grad_norm" in options else 0.1  # else it takes the norms first, where it is coupled
+    optimizer = getattr(hf_tam, name)(parameters, weight_decay=decay, **options)
+    names = {"step": "hf_tam_step", "sums": "hf_tam_sums", "update": "hf_tam_sgd" if name == "TAM" else "hf_tam_adam"}
     for _ in range(2):
         calls.clear()
         _one_step(optimizer, parameters)
-        assert calls == ([("hf_tam_sums", 37), (update, 37)] if runs else [])
+        assert calls == [(names[function], 37) for function in functions]
 
 
 def test_foreach_kernels_ran():

@@ -17,7 +17,8 @@ import hf_tam
 from hf_tam.backends import cpu, native, select_backend
 from hf_tam.backends.native import library
 
-SHAPES = [(257, 129), (3, 5), (), (0,), (70_001,), (8192,), (16384, 16)]
+SHAPES = [(257, 129), (3, 5), (), (0,), (70_001,), (8192,), (1050, 1001), (16384, 16)]
+"""One of them so large that all threads share it."""
 
 
 @pytest.fixture
@@ -114,11 +115,12 @@ def test_ranks_that_compile_at_once(fresh):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [2, 3, 7, 300])
-def test_threads_change_no_bit(threads, dtype, monkeypatch):
-    expected = trained(dtype=dtype)
+@pytest.mark.parametrize("options", [{}, {"scope": "model"}], ids=["in one call", "in two"])
+@pytest.mark.parametrize("threads", [2, 3, 300])
+def test_threads_change_no_bit(threads, dtype, options, monkeypatch):
+    expected = trained(dtype=dtype, **options)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for one, many in zip(expected, trained(dtype=dtype), strict=True):
+    for one, many in zip(expected, trained(dtype=dtype, **options), strict=True):
         assert torch.equal(one, many)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_tam.backends.entry import Entry, StepScalars
+from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
 from hf_tam.update import Scalar, accumulator_dtype
 
 __all__ = ["NUM_SUMS", "Backend", "Entry", "Scalar", "StepScalars", "select_backend"]
@@ -32,9 +33,6 @@ NUM_SUMS = 4
 
 class Backend(Protocol):
     """What the optimizers need of a backend."""
-
-    BY_WINDOWS: bool
-    """Whether there are `adam_windows` and `sgd_windows`, which take a whole step where nothing global is needed."""
 
     def partial_sums(self, entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
         """The rows <m, g>, |m|^2, |g|^2 and raw |g|^2 of each entry.
@@ -48,6 +46,21 @@ class Backend(Protocol):
 
     def sgd(self, entries: Sequence[Entry], scalars: StepScalars) -> None:
         """`update.sgd_step` for every entry."""
+
+    def step_by_windows(
+        self, entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
+    ) -> WindowReport | None:
+        """Take the whole step where no tensor waits for another: sums, angles and update, tensor by tensor.
+
+        Args:
+            entries: n tensors on one device.
+            scalars: Their scalar states as they lie in the optimizer's state, fp32, one row a state; written to.
+            step: The hyperparameters.
+            skipped: 0-d int64; the number of tensors left out because of `nonfinite="skip"` is added to it.
+
+        Returns:
+            What was seen, or None, with nothing done, where the backend cannot take the step of all these tensors.
+        """
 
 
 def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | None, on_host: bool) -> Backend:

@@ -21,11 +21,11 @@ from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
 from hf_tam.backends.entry import Entry, Layout, StepScalars
+from hf_tam.backends.windows import not_by_windows as step_by_windows
 from hf_tam.update import accumulator_dtype
 
-__all__ = ["BY_WINDOWS", "adam", "is_dense", "layout_of", "partial_sums", "sgd"]
+__all__ = ["adam", "is_dense", "layout_of", "partial_sums", "sgd", "step_by_windows"]
 
-BY_WINDOWS = False
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and
 fp32 partial sums of this length are within 1e-7 of the fp64 ones (a whole torch.dot of 4e7 elements is off by

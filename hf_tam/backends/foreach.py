@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.single import partial_sums
+from hf_tam.backends.windows import not_by_windows as step_by_windows
 
-__all__ = ["BY_WINDOWS", "adam", "partial_sums", "sgd"]
+__all__ = ["adam", "partial_sums", "sgd", "step_by_windows"]
 
-BY_WINDOWS = False
 _TEMPORARY = 1 << 24
 """Elements handled together: at most 64 MiB for each fp32 temporary, unless one tensor alone is larger."""
 

@@ -1,9 +1,11 @@
-"""The compiled CPU backend: all tensors in one call for the sums and one for the update, on torch's number of threads.
+"""The compiled CPU backend, on torch's number of threads; the result does not depend on how many there are.
 
-A step reads moment and gradient once for the sums, which are taken in fp64, and goes over everything once for the
-update: 9 accesses an element where AdamW has 7. Tensors of other dtypes than fp32 and bf16, and those whose parameter,
-gradient and moments do not share one dense layout, go to the `cpu` backend. The result does not depend on the number
-of threads.
+Where no tensor waits for another the whole step is one call that goes through it tensor by tensor, so that moment and
+gradient come from the cache when they are updated: 7 accesses of memory an element, as AdamW has. Otherwise it is two
+calls, one for the sums, which are taken in fp64, and one for the update: 9.
+
+Tensors of other dtypes than fp32 and bf16, and those whose parameter, gradient and moments do not share one dense
+layout, go to the `cpu` backend.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from torch.autograd.graph import increment_version
 from hf_tam.backends import cpu
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.native.library import load, why_not
+from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
 
-__all__ = ["BY_WINDOWS", "adam", "is_available", "partial_sums", "sgd", "why_not"]
+__all__ = ["adam", "is_available", "partial_sums", "sgd", "step_by_windows", "why_not"]
 
-BY_WINDOWS = False
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -55,6 +57,27 @@ def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
 def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     """See `Backend.sgd`."""
     _update("hf_tam_sgd", cpu.sgd, entries, scalars)
+
+
+def step_by_windows(
+    entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
+) -> WindowReport | None:
+    """See `Backend.step_by_windows`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
+    table = _Table(entries, repeat(True))
+    if table.outside or step.torque_steps is not None:
+        return None
+    settings = [float(step.lr), step.gamma, step.damping_eps, step.literal, step.skip_nonfinite]
+    if isinstance(step, AdamStep):
+        settings += [True, *step.betas, step.eps, step.weight_decay, 0.0]
+    else:
+        settings += [False, 0.0, 0.0, 0.0, 0.0, step.momentum]
+    numbers, reports = array("d", settings), torch.empty(len(entries), 6, dtype=torch.float64)
+    table.call("hf_tam_step", numbers.buffer_info()[0], scalars.data_ptr(), reports.data_ptr())
+    increment_version([entry.param for entry in entries])
+    sums, cosine, damping = reports[:, :4], reports[:, 4], reports[:, 5]
+    if step.skip_nonfinite:
+        skipped.add_((~sums[:, 3].isfinite()).sum())
+    return WindowReport(cosine, damping, sums)
 
 
 def _update(

@@ -1,9 +1,9 @@
-/* The two passes of a step over tensors in plain memory: the sums that the angle is made of, and the update.
+/* A step over tensors in plain memory: the sums that the angle is made of, and the update, in one call each or in one.
  *
- * Every tensor is cut into chunks, and each thread of a call takes an equal run of them. A sum is taken chunk by chunk
- * in double and added up in the order of the chunks, so it does not depend on the number of threads. The product of
- * two floats is exact in double and cannot overflow it: what is not finite in a sum was not finite in the tensors.
- * bf16 is computed in float and rounded once, to nearest even.
+ * Every tensor is cut into chunks. A sum is taken chunk by chunk in double and added up in the order of the chunks, so
+ * it does not depend on the number of threads. The product of two floats is exact in double and cannot overflow it:
+ * what is not finite in a sum was not finite in the tensors. bf16 is computed in float and rounded once, to nearest
+ * even.
  */
 #include <math.h>
 #include <pthread.h>
@@ -11,13 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Each kind of tensor gets a loop of its own, so everything is inlined into `work` with constants for the kind. */
+/* Each kind of tensor gets a loop of its own: everything is inlined into `visit`, with constants for the kind. */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16 };
 enum {
     CHUNK = 8192,              /* elements */
     CHUNKS_WORTH_A_THREAD = 8, /* starting one takes as long as the update of about 3 */
+    CHUNKS_TO_SPLIT = 128,     /* a larger tensor is shared by the threads: 8 MiB of moment and gradient in fp32 */
     LANES = 8,                 /* doubles that are summed side by side */
     MAX_THREADS = 256
 };
@@ -40,17 +41,6 @@ typedef struct {
 typedef struct {
     double momentum, gain, step_size;
 } sgd_row;
-
-/* What a call does. */
-typedef struct {
-    const tensor *tensors;
-    int64_t count;
-    const int64_t *starts; /* the number of each tensor's first chunk, and that of all chunks at the end */
-    double *sums;          /* four for each chunk, or NULL: an update, by one of */
-    const adam_row *adam;
-    const sgd_row *sgd;
-    double clip; /* the factor on every gradient */
-} job;
 
 INLINE float load(const void *base, int64_t i, int dtype) {
     if (dtype == FLOAT32) return ((const float *)base)[i];
@@ -171,101 +161,235 @@ INLINE void sgd_of(
     }
 }
 
-INLINE void visit(const job *job, int64_t at, int64_t chunk, int dtype, int coupled) {
-    const tensor t = job->tensors[at]; /* a copy, that no store can be to */
-    int64_t begin = (chunk - job->starts[at]) * CHUNK;
-    int64_t end = t.count - begin < CHUNK ? t.count : begin + CHUNK;
-    if (job->adam) adam_of(&t, dtype, coupled, begin, end, &job->adam[at], job->clip);
-    else if (job->sgd) sgd_of(&t, dtype, coupled, begin, end, &job->sgd[at], job->clip);
-    else if (t.takes_dot) sums_of(&t, dtype, coupled, begin, end, job->sums + 4 * chunk);
-    else square_of(&t, dtype, begin, end, job->sums + 4 * chunk);
+/* One pass over some elements of a tensor: an update by `adam` or `sgd`, or else the sums. */
+typedef struct {
+    const adam_row *adam;
+    const sgd_row *sgd;
+    double clip; /* the factor on every gradient */
+    double *sums;
+} pass;
+
+INLINE void visit_kind(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const pass *pass) {
+    if (pass->adam) adam_of(t, dtype, coupled, begin, end, pass->adam, pass->clip);
+    else if (pass->sgd) sgd_of(t, dtype, coupled, begin, end, pass->sgd, pass->clip);
+    else if (t->takes_dot) sums_of(t, dtype, coupled, begin, end, pass->sums);
+    else square_of(t, dtype, begin, end, pass->sums);
 }
+
+static void visit(const tensor *tensor_, int64_t chunk, const pass *pass) {
+    const tensor t = *tensor_; /* a copy, which no store can be to */
+    int64_t begin = chunk * CHUNK, end = t.count - begin < CHUNK ? t.count : begin + CHUNK;
+    int coupled = t.negated || t.decay != 0.0;
+    if (t.dtype == FLOAT32) {
+        if (coupled) visit_kind(&t, FLOAT32, 1, begin, end, pass);
+        else visit_kind(&t, FLOAT32, 0, begin, end, pass);
+    } else {
+        if (coupled) visit_kind(&t, BFLOAT16, 1, begin, end, pass);
+        else visit_kind(&t, BFLOAT16, 0, begin, end, pass);
+    }
+}
+
+INLINE int64_t num_chunks(const tensor *t) { return (t->count + CHUNK - 1) / CHUNK; }
+
+/* Calls `work` with `threads` shares, one on the calling thread. The threads live as long as the call, so that a fork
+ * finds none; the shares of those that do not start are taken over. */
+static void run(void *(*work)(void *), void *shares, size_t size, int64_t threads) {
+    pthread_t handles[MAX_THREADS];
+    char is_started[MAX_THREADS];
+    for (int64_t i = 1; i < threads; i++)
+        is_started[i] = pthread_create(&handles[i], NULL, work, (char *)shares + i * size) == 0;
+    work(shares);
+    for (int64_t i = 1; i < threads; i++)
+        if (is_started[i]) pthread_join(handles[i], NULL);
+        else work((char *)shares + i * size);
+}
+
+INLINE int64_t worthwhile(int64_t threads, int64_t chunks) {
+    int64_t most = chunks / CHUNKS_WORTH_A_THREAD < MAX_THREADS ? chunks / CHUNKS_WORTH_A_THREAD : MAX_THREADS;
+    threads = threads < most ? threads : most;
+    return threads > 1 ? threads : 1;
+}
+
+/* --- one pass over all tensors: each thread takes an equal run of chunks ---------------------------------------- */
+
+typedef struct {
+    const tensor *tensors;
+    int64_t count;
+    int64_t *starts; /* the number of each tensor's first chunk, and that of all chunks at the end */
+    const adam_row *adam;
+    const sgd_row *sgd;
+    double clip;
+    double *sums; /* four for each chunk */
+} job;
 
 typedef struct {
     const job *job;
     int64_t begin, end; /* chunks */
-} share;
+} chunk_share;
 
-static void *work(void *argument) {
-    const share *mine = argument;
+static void *take_chunks(void *argument) {
+    const chunk_share *mine = argument;
     const job *job = mine->job;
     int64_t at = 0;
     for (int64_t chunk = mine->begin; chunk < mine->end; chunk++) {
         while (job->starts[at + 1] <= chunk) at++;
-        const tensor *t = &job->tensors[at];
-        int coupled = t->negated || t->decay != 0.0;
-        if (t->dtype == FLOAT32) {
-            if (coupled) visit(job, at, chunk, FLOAT32, 1);
-            else visit(job, at, chunk, FLOAT32, 0);
-        } else {
-            if (coupled) visit(job, at, chunk, BFLOAT16, 1);
-            else visit(job, at, chunk, BFLOAT16, 0);
-        }
+        pass pass = {.clip = job->clip};
+        if (job->adam) pass.adam = &job->adam[at];
+        else if (job->sgd) pass.sgd = &job->sgd[at];
+        else pass.sums = job->sums + 4 * chunk;
+        visit(&job->tensors[at], chunk - job->starts[at], &pass);
     }
     return NULL;
 }
 
-/* The threads live as long as the call: none is left behind for a fork to lose. Those that do not start are replaced. */
-static void run(const job *job, int64_t threads) {
-    share shares[MAX_THREADS];
-    pthread_t handles[MAX_THREADS];
-    char is_started[MAX_THREADS] = {0};
-    int64_t chunks = job->starts[job->count], most = chunks / CHUNKS_WORTH_A_THREAD;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads > most) threads = most;
-    if (threads < 1) threads = 1;
-    for (int64_t i = 0; i < threads; i++) shares[i] = (share){job, chunks * i / threads, chunks * (i + 1) / threads};
-    for (int64_t i = 1; i < threads; i++) is_started[i] = pthread_create(&handles[i], NULL, work, &shares[i]) == 0;
-    work(&shares[0]);
-    for (int64_t i = 1; i < threads; i++)
-        if (is_started[i]) pthread_join(handles[i], NULL);
-        else work(&shares[i]);
-}
-
-/* NULL where there is no memory. */
-static int64_t *number_chunks(const tensor *tensors, int64_t count) {
-    int64_t *starts = malloc((count + 1) * sizeof *starts), chunks = 0;
-    if (!starts) return NULL;
-    for (int64_t i = 0; i < count; i++) {
-        starts[i] = chunks;
-        chunks += (tensors[i].count + CHUNK - 1) / CHUNK;
+/* Returns 0, or 1 where there is no memory. */
+static int pass_over(job *job, int64_t threads, double *rows) {
+    job->starts = malloc((job->count + 1) * sizeof *job->starts);
+    if (!job->starts) return 1;
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < job->count; i++) {
+        job->starts[i] = chunks;
+        chunks += num_chunks(&job->tensors[i]);
     }
-    starts[count] = chunks;
-    return starts;
-}
-
-/* Writes rows <m, g>, |m|^2, |g|^2, raw |g|^2. Returns 0, or 1 where there is no memory. */
-int hf_tam_sums(const tensor *tensors, int64_t count, int64_t threads, double *rows) {
-    int64_t *starts = number_chunks(tensors, count);
-    double *sums = starts ? malloc((4 * starts[count] + 1) * sizeof *sums) : NULL;
-    const int ok = sums != NULL;
-    if (ok) {
-        run(&(job){.tensors = tensors, .count = count, .starts = starts, .sums = sums}, threads);
-        for (int64_t i = 0; i < count; i++)
-            for (int column = 0; column < 4; column++) {
-                double sum = 0.0;
-                for (int64_t chunk = starts[i]; chunk < starts[i + 1]; chunk++) sum += sums[4 * chunk + column];
-                rows[4 * i + column] = sum;
-            }
+    job->starts[job->count] = chunks;
+    if (rows && !(job->sums = malloc((4 * chunks + 1) * sizeof *job->sums))) {
+        free(job->starts);
+        return 1;
     }
-    free(sums);
-    free(starts);
-    return !ok;
-}
-
-static int update(job *job, int64_t threads) {
-    int64_t *starts = number_chunks(job->tensors, job->count);
-    if (!starts) return 1;
-    job->starts = starts;
-    run(job, threads);
-    free(starts);
+    chunk_share shares[MAX_THREADS];
+    threads = worthwhile(threads, chunks);
+    for (int64_t i = 0; i < threads; i++)
+        shares[i] = (chunk_share){job, chunks * i / threads, chunks * (i + 1) / threads};
+    run(take_chunks, shares, sizeof *shares, threads);
+    for (int64_t i = 0; rows && i < job->count; i++)
+        for (int column = 0; column < 4; column++) {
+            rows[4 * i + column] = 0.0;
+            for (int64_t chunk = job->starts[i]; chunk < job->starts[i + 1]; chunk++)
+                rows[4 * i + column] += job->sums[4 * chunk + column];
+        }
+    free(job->sums);
+    free(job->starts);
     return 0;
 }
 
+/* Writes rows <m, g>, |m|^2, |g|^2, raw |g|^2. */
+int hf_tam_sums(const tensor *tensors, int64_t count, int64_t threads, double *rows) {
+    return pass_over(&(job){.tensors = tensors, .count = count}, threads, rows);
+}
+
 int hf_tam_adam(const tensor *tensors, int64_t count, int64_t threads, const adam_row *rows, double clip) {
-    return update(&(job){.tensors = tensors, .count = count, .adam = rows, .clip = clip}, threads);
+    return pass_over(&(job){.tensors = tensors, .count = count, .adam = rows, .clip = clip}, threads, NULL);
 }
 
 int hf_tam_sgd(const tensor *tensors, int64_t count, int64_t threads, const sgd_row *rows, double clip) {
-    return update(&(job){.tensors = tensors, .count = count, .sgd = rows, .clip = clip}, threads);
+    return pass_over(&(job){.tensors = tensors, .count = count, .sgd = rows, .clip = clip}, threads, NULL);
+}
+
+/* --- the whole step, tensor by tensor, where no tensor waits for another: what the sums have read is still in the
+ * cache when it is updated ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+    double lr, gamma, damping_eps, literal, skip_nonfinite;       /* of both */
+    double is_adaptive, beta1, beta2, eps, weight_decay, momentum; /* of one: the momentum is sgd's, the others Adam's */
+} settings;
+
+typedef struct {
+    const tensor *tensors;
+    int64_t count, next; /* `next` is the tensor that a thread takes next */
+    const settings *settings;
+    float *scalars;  /* rows step, exp_avg_scale (Adam's only) and torque, a column a tensor */
+    double *reports; /* rows <m, g>, |m|^2, |g|^2, raw |g|^2, cosine and damping */
+} step;
+
+typedef union {
+    adam_row adam;
+    sgd_row sgd;
+} coefficients;
+
+/* The formulas of hf_tam.update: the step's numbers for one tensor from its sums. Returns 0 where it is left out. */
+static int advance(const step *step, int64_t at, coefficients *out) {
+    const settings *s = step->settings;
+    double *report = step->reports + 6 * at;
+    float *t = step->scalars + at, *scale = t + step->count, *torque = t + (s->is_adaptive ? 2 : 1) * step->count;
+    double cosine = report[0] / (sqrt(report[1]) * sqrt(report[2]));
+    if (!isfinite(cosine) || (s->is_adaptive && *scale <= 0.0f)) cosine = 0.0;
+    cosine = cosine > 1.0 ? 1.0 : cosine < -1.0 ? -1.0 : cosine;
+    int is_kept = !s->skip_nonfinite || isfinite(report[3]);
+    double moved = is_kept ? s->gamma * *torque + (1.0 - s->gamma) * cosine : *torque;
+    report[4] = cosine;
+    report[5] = (1.0 + moved) / 2.0;
+    if (!is_kept) return 0;
+    double gain = s->damping_eps + report[5];
+    *torque = moved;
+    *t += 1.0f;
+    if (!s->is_adaptive) {
+        out->sgd = (sgd_row){s->momentum, s->literal ? gain : 2.0 * gain, s->lr};
+        return 1;
+    }
+    gain *= s->literal ? 1.0 : 2.0 * (1.0 - s->beta1);
+    double moment = s->beta1 * *scale + gain, root = 1.0, step_size = s->lr * moment;
+    if (!s->literal) {
+        root = sqrt(s->beta2 > 0.0 ? -expm1(*t * log(s->beta2)) : 1.0);
+        step_size *= root / (s->beta1 > 0.0 ? -expm1(*t * log(s->beta1)) : 1.0);
+    }
+    *scale = moment;
+    out->adam = (adam_row){1.0 - s->lr * s->weight_decay, moment > 0.0 ? gain / moment : 1.0,
+                           s->beta2, 1.0 - s->beta2, step_size, s->eps * root};
+    return 1;
+}
+
+INLINE pass update_by(const step *step, const coefficients *numbers) {
+    pass pass = {.clip = 1.0};
+    if (step->settings->is_adaptive) pass.adam = &numbers->adam;
+    else pass.sgd = &numbers->sgd;
+    return pass;
+}
+
+static void *take_tensors(void *argument) {
+    step *step = *(void **)argument;
+    for (;;) {
+        int64_t at = __atomic_fetch_add(&step->next, 1, __ATOMIC_RELAXED);
+        if (at >= step->count) return NULL;
+        const tensor *t = &step->tensors[at];
+        int64_t chunks = num_chunks(t);
+        if (chunks > CHUNKS_TO_SPLIT) continue; /* taken by all threads together */
+        double *report = step->reports + 6 * at, sums[4];
+        for (int column = 0; column < 4; column++) report[column] = 0.0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            visit(t, chunk, &(pass){.sums = sums});
+            for (int column = 0; column < 4; column++) report[column] += sums[column];
+        }
+        coefficients numbers;
+        if (!advance(step, at, &numbers)) continue;
+        const pass update = update_by(step, &numbers);
+        /* The last chunk first: it is what the cache still holds. */
+        while (chunks-- > 0) visit(t, chunks, &update);
+    }
+}
+
+static int take_together(step *step, int64_t at, int64_t threads) {
+    const tensor *t = &step->tensors[at];
+    coefficients numbers;
+    if (pass_over(&(job){.tensors = t, .count = 1}, threads, step->reports + 6 * at)) return 1;
+    if (!advance(step, at, &numbers)) return 0;
+    const pass update = update_by(step, &numbers);
+    return pass_over(&(job){.tensors = t, .count = 1, .adam = update.adam, .sgd = update.sgd, .clip = 1.0}, threads, NULL);
+}
+
+/* Returns 0, or 1 where there is no memory. */
+int hf_tam_step(
+    const tensor *tensors, int64_t count, int64_t threads, const settings *settings, float *scalars, double *reports
+) {
+    step step = {tensors, count, 0, settings, scalars, reports};
+    void *shares[MAX_THREADS];
+    int64_t chunks = 0;
+    for (int64_t at = 0; at < count; at++) {
+        int64_t own = num_chunks(&tensors[at]);
+        if (own <= CHUNKS_TO_SPLIT) chunks += own;
+        else if (take_together(&step, at, threads)) return 1;
+    }
+    threads = worthwhile(threads, chunks);
+    for (int64_t i = 0; i < threads; i++) shares[i] = &step;
+    run(take_tensors, shares, sizeof *shares, threads);
+    return 0;
 }

@@ -60,6 +60,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
     address, count = ctypes.c_void_p, ctypes.c_int64
     library.hf_tam_sums.argtypes = [address, count, count, address]
+    library.hf_tam_step.argtypes = [address, count, count, address, address, address]
     for update in (library.hf_tam_adam, library.hf_tam_sgd):
         update.argtypes = [address, count, count, address, ctypes.c_double]
     return library, ""

@@ -22,15 +22,14 @@ from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.triton.chunks import UPDATE_BLOCK
 from hf_tam.backends.triton.launch import Bound, bind, combine, compiled_for, new_partials, on, sum_chunks
 from hf_tam.backends.triton.update_kernels import update_kernel
-from hf_tam.backends.triton.windows import AdamStep, SgdStep, WindowReport, adam_windows, sgd_windows
+from hf_tam.backends.triton.windows import adam_windows, sgd_windows
+from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
 from hf_tam.update import AdamCoefficients, Scalar, SgdCoefficients
 
 __all__ = [
-    "BY_WINDOWS", "AdamStep", "Bound", "SgdStep", "WindowReport", "adam", "adam_windows", "bind", "partial_sums",
-    "sgd", "sgd_windows", "update",
+    "Bound", "adam", "adam_windows", "bind", "partial_sums", "sgd", "sgd_windows", "step_by_windows",
+    "update",
 ]  # fmt: skip
-
-BY_WINDOWS = True
 
 
 def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
@@ -50,6 +49,18 @@ def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tenso
             sums[position, :2] = 0.0
             sums[position, 2] = sums[position, 3]
     return sums
+
+
+def step_by_windows(
+    entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
+) -> WindowReport | None:
+    """See `Backend.step_by_windows`."""
+    bound = bind(entries)
+    if bound.table.outside:
+        return None
+    if isinstance(step, AdamStep):
+        return adam_windows(bound, scalars, step, skipped=skipped)
+    return sgd_windows(bound, scalars, step, skipped=skipped)
 
 
 def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:

@@ -1,13 +1,9 @@
-"""The whole step of a bucket, window by window: two launches for each, and nothing else.
-
-For steps in which no tensor depends on another or on another rank: scope "tensor", nothing sharded, no clipping, and
-`nonfinite` "skip" or "propagate".
-"""
+"""The whole step of a bucket, window by window: two launches for each, and nothing else; see `backends.windows`."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,59 +12,7 @@ from torch.autograd.graph import increment_version
 from hf_tam.backends.triton.chunks import UPDATE_BLOCK
 from hf_tam.backends.triton.launch import Bound, compiled_for, new_partials, on, sum_chunks
 from hf_tam.backends.triton.window_kernels import adam_window_kernel, sgd_window_kernel
-from hf_tam.update import Scalar
-
-
-class AdamStep(NamedTuple):
-    """The hyperparameters of an adaptive step.
-
-    Attributes:
-        lr: Learning rate: a float, or a 1-element tensor on the bucket's device, which is not read by the host.
-        betas: Decays of the moments.
-        eps: Term added to the denominator.
-        weight_decay: Decoupled weight decay; 0 where it is coupled (then it is the entries').
-        gamma: Smoothing of the torque.
-        damping_eps: Least factor on a gradient.
-        torque_steps: Steps in which the torque acts, None: all.
-        literal: Whether the paper's recurrence is taken literally (`step_size="paper"`).
-        skip_nonfinite: Whether a tensor with a NaN or Inf gradient is left out (`nonfinite="skip"`).
-    """
-
-    lr: Scalar
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    gamma: float
-    damping_eps: float
-    torque_steps: int | None
-    literal: bool
-    skip_nonfinite: bool
-
-
-class SgdStep(NamedTuple):
-    """The hyperparameters of a momentum step; see `AdamStep`."""
-
-    lr: Scalar
-    momentum: float
-    gamma: float
-    damping_eps: float
-    torque_steps: int | None
-    literal: bool
-    skip_nonfinite: bool
-
-
-class WindowReport(NamedTuple):
-    """What a step saw; fp64, on the device.
-
-    Attributes:
-        cosine: s_t, shape (n,).
-        damping: The damping applied, shape (n,).
-        sums: <m, g>, |m|^2, |g|^2 and the raw |g|^2, shape (n, 4).
-    """
-
-    cosine: Tensor
-    damping: Tensor
-    sums: Tensor
+from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
 
 
 def adam_windows(bound: Bound, scalars: Tensor, step: AdamStep, *, skipped: Tensor) -> WindowReport:
