@@ -149,10 +149,10 @@ def test_forked_child_steps_too(monkeypatch):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_sums_are_those_of_fp64(dtype, wanted, decay):
-    """Products of two floats are exact in double, so only the order of the sum differs: 1e-13 of its terms."""
+    """Within 1e-6 of the terms, by the float sums of 32 each; and far from 1, where float would be 0 or infinite."""
     parameter = torch.nn.Parameter(torch.randn(300_007).to(dtype))
     optimizer = hf_tam.AdaTAM([parameter], weight_decay=decay)
-    for scale in (1.0, 1e-25, 1e25):
+    for scale in (1.0, 1e-25, 1e25, 0.0):
         parameter.grad = (torch.randn(300_007) * scale).to(dtype)
         optimizer.step()
         (entry,) = optimizer._whole_entries.values()
@@ -163,8 +163,8 @@ def test_sums_are_those_of_fp64(dtype, wanted, decay):
             expected[:2] = [0.0, 0.0]
         terms = (first * seen).abs().sum()
         actual = native.partial_sums([entry], with_dot=[wanted])[0]
-        assert abs(actual[0] - expected[0]) <= 1e-13 * terms
-        torch.testing.assert_close(actual[1:], torch.tensor(expected[1:]).double(), rtol=1e-13, atol=0.0)
+        assert abs(actual[0] - expected[0]) <= 1e-6 * terms
+        torch.testing.assert_close(actual[1:], torch.tensor(expected[1:]).double(), rtol=1e-6, atol=0.0)
 
 
 def test_bf16_is_rounded_to_nearest_even():

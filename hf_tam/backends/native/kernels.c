@@ -1,9 +1,10 @@
 /* A step over tensors in plain memory: the sums that the angle is made of, and the update, in one call each or in one.
  *
- * Every tensor is cut into chunks. A sum is taken chunk by chunk in double and added up in the order of the chunks, so
- * it does not depend on the number of threads. The product of two floats is exact in double and cannot overflow it:
- * what is not finite in a sum was not finite in the tensors. bf16 is computed in float and rounded once, to nearest
- * even.
+ * Every tensor is cut into chunks, and these into blocks. A block is summed in float, 32 terms a lane (relative error
+ * below 1e-6 of the sum of the absolute terms), or in double where float might overflow or lose small terms: what is
+ * not finite in a sum was not finite in the tensors. The sums of the blocks are added up in double, in the order of
+ * blocks and chunks, so they do not depend on the number of threads. bf16 is computed in float and rounded once, to
+ * nearest even.
  */
 #include <math.h>
 #include <pthread.h>
@@ -19,7 +20,8 @@ enum {
     CHUNK = 8192,              /* elements */
     CHUNKS_WORTH_A_THREAD = 8, /* starting one takes as long as the update of about 3 */
     CHUNKS_TO_SPLIT = 128,     /* a larger tensor is shared by the threads: 8 MiB of moment and gradient in fp32 */
-    LANES = 8,                 /* doubles that are summed side by side */
+    LANES = 16,                /* sums side by side */
+    BLOCK = 512,               /* elements summed in float, BLOCK / LANES terms a lane, before the sum becomes double */
     MAX_THREADS = 256
 };
 
@@ -67,13 +69,12 @@ INLINE float gradient(const tensor *t, int64_t i, int dtype, int coupled) {
     return (t->negated ? -g : g) + (float)t->decay * load(t->param, i, dtype);
 }
 
-/* LANES floats, doubles or halves of floats. Spelt out, since compilers miss it that a loop with sums is one of these. */
+/* LANES floats, or halves of floats. Spelt out, since compilers miss it that a loop with sums is one of these. */
 typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
-INLINE doubles load_lanes(const void *base, int64_t i, int dtype) {
+INLINE floats load_lanes(const void *base, int64_t i, int dtype) {
     floats values;
     if (dtype == FLOAT32) {
         memcpy(&values, (const float *)base + i, sizeof values);
@@ -83,50 +84,84 @@ INLINE doubles load_lanes(const void *base, int64_t i, int dtype) {
         words bits = __builtin_convertvector(upper, words) << 16;
         memcpy(&values, &bits, sizeof values);
     }
-    return __builtin_convertvector(values, doubles);
+    return values;
 }
 
-INLINE double total(doubles lanes) {
+INLINE double total(floats lanes) {
     double sum = 0.0;
     for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
     return sum;
 }
 
-/* <m, g>, |m|^2, |g|^2 and the square of the gradient as it came, of the elements [begin, end). */
-INLINE void sums_of(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, double *out) {
-    const double sign = t->negated ? -1.0 : 1.0;
-    doubles dot = {0}, first_sq = {0}, grad_sq = {0}, raw_sq = {0};
-    int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) {
-        doubles m = load_lanes(t->first, i, dtype), raw = load_lanes(t->grad, i, dtype), g = raw;
+/* The sums, <m, g>, |m|^2, |g|^2 and that of the gradient as it came, and what a whole step reports besides. */
+enum { DOT, FIRST_SQ, GRAD_SQ, RAW_SQ, COLUMNS, COSINE = COLUMNS, DAMPING, REPORTS };
+
+/* Whether float holds a sum of squares: nothing has overflowed, and what was lost is nothing beside the rest. */
+INLINE int is_safe(double square) { return 1e-24 < square && square < 1e36; }
+
+INLINE void sums_of_block(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, double *out) {
+    const float sign = t->negated ? -1.0f : 1.0f, decay = t->decay;
+    floats dot = {0}, first_sq = {0}, grad_sq = {0}, raw_sq = {0};
+    for (int64_t i = begin; i < end; i += LANES) {
+        floats m = load_lanes(t->first, i, dtype), raw = load_lanes(t->grad, i, dtype), g = raw;
         if (coupled) {
-            g = sign * raw + t->decay * load_lanes(t->param, i, dtype);
+            g = sign * raw + decay * load_lanes(t->param, i, dtype);
             raw_sq += raw * raw;
         }
         dot += m * g;
         first_sq += m * m;
         grad_sq += g * g;
     }
-    out[0] = total(dot), out[1] = total(first_sq), out[2] = total(grad_sq), out[3] = total(raw_sq);
-    for (; i < end; i++) {
-        double m = load(t->first, i, dtype), raw = load(t->grad, i, dtype), g = raw;
-        if (coupled) g = sign * raw + t->decay * load(t->param, i, dtype);
-        out[0] += m * g, out[1] += m * m, out[2] += g * g, out[3] += raw * raw;
+    out[DOT] = total(dot);
+    out[FIRST_SQ] = total(first_sq);
+    out[GRAD_SQ] = total(grad_sq);
+    out[RAW_SQ] = coupled ? total(raw_sq) : out[GRAD_SQ];
+}
+
+/* The same in double, where products of floats are exact and no sum can overflow. */
+static __attribute__((noinline)) void exact_sums(const tensor *t, int64_t begin, int64_t end, double *out) {
+    const double sign = t->negated ? -1.0 : 1.0;
+    for (int column = 0; column < COLUMNS; column++) out[column] = 0.0;
+    for (int64_t i = begin; i < end; i++) {
+        double m = t->takes_dot ? load(t->first, i, t->dtype) : 0.0, raw = load(t->grad, i, t->dtype), g = raw;
+        if (t->negated || t->decay != 0.0) g = sign * raw + t->decay * load(t->param, i, t->dtype);
+        out[DOT] += m * g;
+        out[FIRST_SQ] += m * m;
+        out[GRAD_SQ] += g * g;
+        out[RAW_SQ] += raw * raw;
     }
-    if (!coupled) out[3] = out[2];
+}
+
+/* The sums over the elements [begin, end), block by block. */
+INLINE void sums_of(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, double *out) {
+    for (int column = 0; column < COLUMNS; column++) out[column] = 0.0;
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        double sums[COLUMNS];
+        int is_whole = end - i >= BLOCK;
+        if (is_whole) sums_of_block(t, dtype, coupled, i, i + BLOCK, sums);
+        if (!is_whole || !is_safe(sums[FIRST_SQ]) || !is_safe(sums[GRAD_SQ]) || !is_safe(sums[RAW_SQ]))
+            exact_sums(t, i, is_whole ? i + BLOCK : end, sums);
+        for (int column = 0; column < COLUMNS; column++) out[column] += sums[column];
+    }
 }
 
 INLINE void square_of(const tensor *t, int dtype, int64_t begin, int64_t end, double *out) {
-    doubles lanes = {0};
-    int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) {
-        doubles g = load_lanes(t->grad, i, dtype);
-        lanes += g * g;
+    double sum = 0.0;
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        double sums[COLUMNS] = {0.0};
+        if (end - i >= BLOCK) {
+            floats lanes = {0};
+            for (int64_t at = i; at < i + BLOCK; at += LANES) {
+                floats g = load_lanes(t->grad, at, dtype);
+                lanes += g * g;
+            }
+            sums[RAW_SQ] = total(lanes);
+        }
+        if (!is_safe(sums[RAW_SQ])) exact_sums(t, i, end - i >= BLOCK ? i + BLOCK : end, sums);
+        sum += sums[RAW_SQ];
     }
-    double sum = total(lanes);
-    for (; i < end; i++) sum += (double)load(t->grad, i, dtype) * load(t->grad, i, dtype);
-    out[0] = out[1] = 0.0;
-    out[2] = out[3] = sum;
+    out[DOT] = out[FIRST_SQ] = 0.0;
+    out[GRAD_SQ] = out[RAW_SQ] = sum;
 }
 
 /* update.adam_step. The decay is subtracted with the step: 1 - 1e-8 would be 1 in float. */
@@ -219,7 +254,7 @@ typedef struct {
     const adam_row *adam;
     const sgd_row *sgd;
     double clip;
-    double *sums; /* four for each chunk */
+    double *sums; /* COLUMNS for each chunk */
 } job;
 
 typedef struct {
@@ -236,7 +271,7 @@ static void *take_chunks(void *argument) {
         pass pass = {.clip = job->clip};
         if (job->adam) pass.adam = &job->adam[at];
         else if (job->sgd) pass.sgd = &job->sgd[at];
-        else pass.sums = job->sums + 4 * chunk;
+        else pass.sums = job->sums + COLUMNS * chunk;
         visit(&job->tensors[at], chunk - job->starts[at], &pass);
     }
     return NULL;
@@ -252,7 +287,7 @@ static int pass_over(job *job, int64_t threads, double *rows) {
         chunks += num_chunks(&job->tensors[i]);
     }
     job->starts[job->count] = chunks;
-    if (rows && !(job->sums = malloc((4 * chunks + 1) * sizeof *job->sums))) {
+    if (rows && !(job->sums = malloc((COLUMNS * chunks + 1) * sizeof *job->sums))) {
         free(job->starts);
         return 1;
     }
@@ -262,17 +297,17 @@ static int pass_over(job *job, int64_t threads, double *rows) {
         shares[i] = (chunk_share){job, chunks * i / threads, chunks * (i + 1) / threads};
     run(take_chunks, shares, sizeof *shares, threads);
     for (int64_t i = 0; rows && i < job->count; i++)
-        for (int column = 0; column < 4; column++) {
-            rows[4 * i + column] = 0.0;
+        for (int column = 0; column < COLUMNS; column++) {
+            rows[COLUMNS * i + column] = 0.0;
             for (int64_t chunk = job->starts[i]; chunk < job->starts[i + 1]; chunk++)
-                rows[4 * i + column] += job->sums[4 * chunk + column];
+                rows[COLUMNS * i + column] += job->sums[COLUMNS * chunk + column];
         }
     free(job->sums);
     free(job->starts);
     return 0;
 }
 
-/* Writes rows <m, g>, |m|^2, |g|^2, raw |g|^2. */
+/* Writes COLUMNS for each tensor. */
 int hf_tam_sums(const tensor *tensors, int64_t count, int64_t threads, double *rows) {
     return pass_over(&(job){.tensors = tensors, .count = count}, threads, rows);
 }
@@ -289,8 +324,9 @@ int hf_tam_sgd(const tensor *tensors, int64_t count, int64_t threads, const sgd_
  * cache when it is updated ---------------------------------------------------------------------------------------- */
 
 typedef struct {
-    double lr, gamma, damping_eps, literal, skip_nonfinite;       /* of both */
-    double is_adaptive, beta1, beta2, eps, weight_decay, momentum; /* of one: the momentum is sgd's, the others Adam's */
+    double lr, gamma, damping_eps, literal, skip_nonfinite; /* of both */
+    double is_adaptive, beta1, beta2, eps, weight_decay;    /* of Adam's */
+    double momentum;                                        /* of sgd's */
 } settings;
 
 typedef struct {
@@ -298,7 +334,7 @@ typedef struct {
     int64_t count, next; /* `next` is the tensor that a thread takes next */
     const settings *settings;
     float *scalars;  /* rows step, exp_avg_scale (Adam's only) and torque, a column a tensor */
-    double *reports; /* rows <m, g>, |m|^2, |g|^2, raw |g|^2, cosine and damping */
+    double *reports; /* REPORTS for each tensor */
 } step;
 
 typedef union {
@@ -309,17 +345,17 @@ typedef union {
 /* The formulas of hf_tam.update: the step's numbers for one tensor from its sums. Returns 0 where it is left out. */
 static int advance(const step *step, int64_t at, coefficients *out) {
     const settings *s = step->settings;
-    double *report = step->reports + 6 * at;
+    double *report = step->reports + REPORTS * at;
     float *t = step->scalars + at, *scale = t + step->count, *torque = t + (s->is_adaptive ? 2 : 1) * step->count;
-    double cosine = report[0] / (sqrt(report[1]) * sqrt(report[2]));
+    double cosine = report[DOT] / (sqrt(report[FIRST_SQ]) * sqrt(report[GRAD_SQ]));
     if (!isfinite(cosine) || (s->is_adaptive && *scale <= 0.0f)) cosine = 0.0;
     cosine = cosine > 1.0 ? 1.0 : cosine < -1.0 ? -1.0 : cosine;
-    int is_kept = !s->skip_nonfinite || isfinite(report[3]);
+    int is_kept = !s->skip_nonfinite || isfinite(report[RAW_SQ]);
     double moved = is_kept ? s->gamma * *torque + (1.0 - s->gamma) * cosine : *torque;
-    report[4] = cosine;
-    report[5] = (1.0 + moved) / 2.0;
+    report[COSINE] = cosine;
+    report[DAMPING] = (1.0 + moved) / 2.0;
     if (!is_kept) return 0;
-    double gain = s->damping_eps + report[5];
+    double gain = s->damping_eps + report[DAMPING];
     *torque = moved;
     *t += 1.0f;
     if (!s->is_adaptive) {
@@ -353,11 +389,11 @@ static void *take_tensors(void *argument) {
         const tensor *t = &step->tensors[at];
         int64_t chunks = num_chunks(t);
         if (chunks > CHUNKS_TO_SPLIT) continue; /* taken by all threads together */
-        double *report = step->reports + 6 * at, sums[4];
-        for (int column = 0; column < 4; column++) report[column] = 0.0;
+        double *report = step->reports + REPORTS * at, sums[COLUMNS];
+        for (int column = 0; column < COLUMNS; column++) report[column] = 0.0;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             visit(t, chunk, &(pass){.sums = sums});
-            for (int column = 0; column < 4; column++) report[column] += sums[column];
+            for (int column = 0; column < COLUMNS; column++) report[column] += sums[column];
         }
         coefficients numbers;
         if (!advance(step, at, &numbers)) continue;
@@ -370,10 +406,11 @@ static void *take_tensors(void *argument) {
 static int take_together(step *step, int64_t at, int64_t threads) {
     const tensor *t = &step->tensors[at];
     coefficients numbers;
-    if (pass_over(&(job){.tensors = t, .count = 1}, threads, step->reports + 6 * at)) return 1;
+    if (pass_over(&(job){.tensors = t, .count = 1}, threads, step->reports + REPORTS * at)) return 1;
     if (!advance(step, at, &numbers)) return 0;
-    const pass update = update_by(step, &numbers);
-    return pass_over(&(job){.tensors = t, .count = 1, .adam = update.adam, .sgd = update.sgd, .clip = 1.0}, threads, NULL);
+    pass update = update_by(step, &numbers);
+    job job = {.tensors = t, .count = 1, .adam = update.adam, .sgd = update.sgd, .clip = update.clip};
+    return pass_over(&job, threads, NULL);
 }
 
 /* Returns 0, or 1 where there is no memory. */
