@@ -42,10 +42,11 @@ def test_the_table_follows_its_rows(tmp_path):
 
 
 def test_the_table_of_speed_is_generated():
-    from recipes.results.speed import growth, table
+    from recipes.results.speed import growth, inside_the_trainer, table
 
     assert table() in README
     assert growth() in README
+    assert inside_the_trainer() in README
 
 
 def test_the_table_of_speed_follows_the_raw_times(tmp_path):
@@ -57,10 +58,21 @@ def test_the_table_of_speed_follows_the_raw_times(tmp_path):
     run = {**facts, "load_average_after": [7.0, 1.0, 1.0], "rows": [row]}
     (tmp_path / "bench-made-up.json").write_text(json.dumps({"runs": [run]}))
     first, *others = speed.table(tmp_path).splitlines()[2:]
-    assert "| <= 1.6 | not measured yet | 1.50 (1.00 to 2.00, 3 pairs) | 7 to 7 |" in first
+    assert "| <= 1.6 | not measured yet | 1.50 (1.00 to 2.00, 3 pairs) | 7.0 |" in first
     assert all("not measured yet" in line for line in others)
     assert sum("no GPU at hand" in line for line in others) == 4
     assert speed.table(tmp_path) not in README
+
+
+def test_the_trainers_figure_follows_the_rates(tmp_path):
+    from recipes.results import speed
+
+    assert "not measured yet" in speed.inside_the_trainer(tmp_path)
+    rates = {"adatamw": [1.0, 3.0, 2.0], "adamw_torch_fused": [1.0, 2.0, 4.0]}
+    facts = {"threads": 2, "steps": 9, "tokens_per_second": rates, "ratio": {"median": 99.0}}
+    (tmp_path / "bench-trainer.json").write_text(json.dumps(facts))
+    assert "3 pairs of runs of 9 steps" in speed.inside_the_trainer(tmp_path)
+    assert ": 1.000 (0.500 to 1.500);" in speed.inside_the_trainer(tmp_path)
 
 
 def test_the_growth_follows_the_raw_times(tmp_path):

@@ -70,7 +70,7 @@ def table(folder: Path = FOLDER) -> str:
     for bar in BARS:
         found = {dtype: _find(runs, bar, dtype) for dtype in ("float32", "bfloat16")}
         loads = [run["load_average_after"][0] for run, _ in filter(None, found.values()) if run["load_average_after"]]
-        load = f"{min(loads):.0f} to {max(loads):.0f}" if loads else ""
+        load = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(loads), max(loads)))) if loads else ""
         cells = [_cell(pair, bar) for pair in found.values()]
         lines.append(f"| {bar.what} | {bar.where['workload']} | {bar.bar} | {' | '.join(cells)} | {load} |")
     return "\n".join(lines)
@@ -96,6 +96,28 @@ def growth(folder: Path = FOLDER) -> str:
     return "\n".join(lines) if runs else ""
 
 
+def inside_the_trainer(folder: Path = FOLDER) -> str:
+    """One sentence on tokens per second inside the Trainer, from `recipes.results.trainer_speed`.
+
+    Args:
+        folder: Where its bench-trainer.json is.
+
+    Returns:
+        Markdown; says that nothing was measured where there is no file.
+    """
+    path = folder / "bench-trainer.json"
+    if not path.is_file():
+        return "Tokens per second inside the Trainer: not measured yet."
+    run = json.loads(path.read_text(encoding="utf-8"))
+    rates = run["tokens_per_second"]
+    ratio = pair_ratio(rates["adatamw"], rates["adamw_torch_fused"])
+    return (
+        f"Inside the Trainer (LoRA demo of `sft.py`, CPU, {run['threads']} threads, {len(rates['adatamw'])} pairs of"
+        f" runs of {run['steps']} steps), tokens per second with `--optim adatamw` / `--optim adamw_torch_fused`:"
+        f" {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}); the bar is >= 0.99."
+    )
+
+
 def _runs(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("bench-*.json")):
         yield from json.loads(path.read_text(encoding="utf-8")).get("runs", ())
@@ -119,4 +141,4 @@ def _cell(found: tuple[dict[str, Any], dict[str, Any]] | None, bar: Bar) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), growth(), sep="\n\n")
+    print(table(), growth(), inside_the_trainer(), sep="\n\n")
