@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     adapters.use_loraplus(trainer, lora)
     metrics = training.train(trainer, run, resume_from=resume_from)
-    metrics |= evaluate_test(trainer, encoded)
+    metrics |= training.evaluate(trainer, encoded, lambda name: classification.most_frequent_share(encoded[name]))
     with naming_a_full_disk(output_dir):
         training.save_model(trainer)
         if trainer.is_world_process_zero():
@@ -153,13 +153,6 @@ def encode_splits(
                 f"{num_cut} of {len(encoded[name])} texts of {split.source} were cut to {data.max_length} tokens"
             )
     return encoded
-
-
-def evaluate_test(trainer: Trainer, encoded: dict[str, Any]) -> dict[str, float]:
-    """Evaluate on the test data, or on the validation data where there is none, beside the most frequent class."""
-    name, prefix = ("test", "test") if "test" in encoded else ("validation", "eval")
-    metrics = trainer.evaluate(encoded[name], metric_key_prefix=prefix)
-    return {**metrics, f"{prefix}_most_frequent_class": classification.most_frequent_share(encoded[name])}
 
 
 def report(

@@ -82,10 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         compute_metrics=make_compute_metrics(),
     )
     adapters.use_loraplus(trainer, lora)
-    name, prefix = ("test", "test") if "test" in encoded else ("validation", "eval")
     metrics = training.train(trainer, run, resume_from=resume_from)
-    metrics |= trainer.evaluate(encoded[name], metric_key_prefix=prefix)
-    metrics[f"{prefix}_most_frequent_class"] = image_data.most_frequent_share(splits[name])
+    metrics |= training.evaluate(trainer, encoded, lambda name: image_data.most_frequent_share(splits[name]))
     with naming_a_full_disk(output_dir):
         training.save_model(trainer)
         if trainer.is_world_process_zero():

@@ -32,6 +32,7 @@ ALLOWED = {
     "torque_log": {"torque_aware"},
     "report": set(),
     "bench": {"optim"},
+    "compare": set(),
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}
 

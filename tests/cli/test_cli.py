@@ -116,7 +116,7 @@ def test_status_says_which_backend_and_which_strategies(capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert cli.main(["status"]) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
-    assert lines["backend"] == "cpu (device: cpu)"
+    assert lines["backend"] == "native (device: cpu)"
     assert lines["strategy FSDP1"] == "available (gloo); use_orig_params=True"
     assert lines["strategy FSDP2, HSDP, tensor parallelism"] == "available (gloo)"
     assert "strategy DDP" in lines

@@ -237,7 +237,8 @@ def _check_validation(installed):
     )
     assert status == 1
     assert output == "smollm2-135m-lora.yaml: valid for sft.py\n"
-    wrong_key, wrong_value = error.splitlines()
+    # bitsandbytes has a line of its own on some CPUs
+    wrong_key, wrong_value = (line for line in error.splitlines() if ".yaml: " in line)
     assert wrong_key == "bad.yaml: unknown key 'learning_rat'; did you mean learning_rate?"
     assert wrong_value.startswith("other.yaml: ")
     assert "maybe" in wrong_value

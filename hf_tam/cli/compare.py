@@ -1,0 +1,98 @@
+"""`hf-tam compare`: optimizers on the same learning rates and seeds, chosen on validation and told on test data."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_tam.compare.plan import Plan
+
+_NEEDED = {"yaml": "pyyaml", "scipy": "scipy"}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare optimizers: one grid, several seeds, a table with intervals",
+        epilog="Runs that have a row in DIR/rows.jsonl are not done again: stop it when you like, and go on later.",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="YAML file, as in recipes/comparisons/")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for rows and logs; default: outputs/compare/NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
+    parser.add_argument("--threads", type=int, help="of each run; default: the cores, shared by the jobs")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: Ray Tune, several machines")
+    parser.add_argument(
+        "--place", action="append", default=[], metavar="NAME=PATH", help="what stands for {NAME} in the plan"
+    )
+    parser.add_argument("--table", action="store_true", help="print the table of the rows there are, run nothing")
+    parser.set_defaults(command=compare)
+
+
+def compare(parsed: argparse.Namespace) -> int:
+    """Do what is missing, and print the tables.
+
+    Returns:
+        1 if a run failed or the plan cannot be used, 2 if a package is missing, else 0.
+    """
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing += ["ray[tune]"] if parsed.engine == "ray" and importlib.util.find_spec("ray") is None else []
+    if missing:
+        return _complain(f'needs {" and ".join(missing)}: pip install "hf-tam[compare]" {" ".join(missing)}', code=2)
+    from hf_tam.compare import choosing, printing, running
+    from hf_tam.compare.plan import PlanError, load_plan
+
+    try:
+        plan = load_plan(parsed.plan)
+        folder = parsed.output or Path("outputs", "compare", plan.name)
+        journal = running.Journal(folder / running.ROWS_NAME)
+        if not parsed.table:
+            workshop = _workshop(plan, folder, parsed)
+            engine = running.with_ray if parsed.engine == "ray" else running.locally
+            running.compare(plan, journal, partial(engine, workshop), partial(print, flush=True))
+        results = choosing.outcomes(plan, journal.of(plan))
+    except (PlanError, running.RunError, FileNotFoundError) as error:
+        return _complain(str(error), code=1)
+    except KeyboardInterrupt:
+        return _complain("stopped; the rows that were finished are kept, and the same command goes on", code=130)
+    print(printing.table(plan, results), printing.curves(plan, results), printing.summary(plan, results), sep="\n\n")
+    return 0
+
+
+def _workshop(plan: Plan, folder: Path, parsed: argparse.Namespace) -> Any:
+    from hf_tam.cli.recipe_files import find_folder
+    from hf_tam.compare.plan import PlanError
+    from hf_tam.compare.running import Workshop
+
+    places = {}
+    for word in parsed.place:
+        name, equals, place = word.partition("=")
+        if not equals or not name:
+            raise PlanError(f"--place takes NAME=PATH, not {word!r}")
+        places[name] = place
+    used = {name for word in plan.words() for name in re.findall(r"\{(\w+)\}", word)}
+    if unknown := sorted(used - set(places)):
+        raise PlanError(f"the plan has {{{unknown[0]}}}: say what it stands for by --place {unknown[0]}=PATH")
+    if unused := sorted(set(places) - used):
+        raise PlanError(f"--place {unused[0]}: the plan has no {{{unused[0]}}}")
+    recipe = find_folder() / "recipes" / f"{plan.recipe}.py"
+    if not recipe.is_file():
+        raise PlanError(f"there is no recipe {plan.recipe!r}; `hf-tam recipes list` shows them")
+    if parsed.jobs < 1 or (parsed.threads is not None and parsed.threads < 1):
+        raise PlanError("--jobs and --threads must be at least 1")
+    threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = (plan.validation_metric, plan.test_metric)
+    return Workshop(recipe, folder.resolve(), threads, places, parsed.jobs, metrics)
+
+
+def _complain(message: str, *, code: int) -> int:
+    print(f"hf-tam compare: {message}", file=sys.stderr)
+    return code

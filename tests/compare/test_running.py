@@ -1,0 +1,197 @@
+"""Runs leave one row each, are not done twice, and a failed one costs nobody else's."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import yaml
+
+pytest.importorskip("scipy")
+
+from hf_tam.cli import main
+from hf_tam.compare import running
+from hf_tam.compare.plan import PlanError, load_plan
+
+# Stands for a recipe: its accuracy is best at 4e-3 for AdamW, at 2e-3 for ours, and a little higher there.
+RECIPE = """
+import json, math, pathlib, sys
+words = {}
+names = iter(sys.argv[1:])
+for word in names:
+    name, _, value = word.partition("=")
+    words[name.removeprefix("--")] = value or next(names)
+rate, seed = float(words["learning_rate"]), int(words["seed"])
+ours = words["optim"] == "adatamw"
+folder = pathlib.Path(words["output_dir"])
+(folder.parent / "calls").open("a").write(f"{words['optim']} {rate:g} {seed} {words['place']}\\n")
+if words.get("fails") == f"{words['optim']} {rate:g} {seed}":
+    sys.exit("classify.py: error: the disk is full")
+accuracy = 0.6 + 0.01 * ours - 0.1 * math.log(rate / (2e-3 if ours else 4e-3)) ** 2 + 0.001 * seed
+folder.mkdir()
+(folder / "weights").write_text("much")
+results = {"optimizer": "AdaTAMW" if ours else "AdamW", "eval_accuracy": accuracy, "test_accuracy": accuracy - 0.05}
+(folder / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A plan, a recipe that takes no time, and the ways to run them."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "out").mkdir()
+
+    class Bench:
+        def __init__(self):
+            self.folder = tmp_path / "out"
+            self.said = []
+
+        def plan(self, **changes):
+            content = {
+                "recipe": "classify",
+                "arguments": {"place": "{data}/x"},
+                "optimizers": {"AdamW": {"optim": "adamw_torch"}, "ours": {"optim": "adatamw"}},
+                "learning_rates": [1e-3, 2e-3],
+                "seeds": [0, 1, 2],
+                "search_seeds": 1,
+                **changes,
+            }
+            (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+            return load_plan(tmp_path / "plan.yaml")
+
+        def run(self, plan, engine=running.locally, metrics=("eval_accuracy", "test_accuracy")):
+            workshop = running.Workshop(tmp_path / "recipe.py", self.folder, 1, {"data": "/somewhere"}, 2, metrics)
+            journal = running.Journal(self.folder / running.ROWS_NAME)
+            return running.compare(plan, journal, partial(engine, workshop), self.said.append)
+
+        def calls(self):
+            return (self.folder / "calls").read_text().splitlines()
+
+    return Bench()
+
+
+def test_searches_extends_and_finishes(bench):
+    """Best at 4e-3 and 2e-3: the grid grows to 4e-3, then to 8e-3, for both; the other seeds at the best rate only."""
+    rows = bench.run(bench.plan())
+    done = {(row["label"], row["learning_rate"], row["seed"]) for row in rows}
+    search = {(label, rate, 0) for label in ("AdamW", "ours") for rate in (1e-3, 2e-3, 4e-3, 8e-3)}
+    final = {("AdamW", 4e-3, seed) for seed in (1, 2)} | {("ours", 2e-3, seed) for seed in (1, 2)}
+    assert done == search | final
+    assert len(bench.calls()) == len(done)
+    assert all(call.endswith("/somewhere/x") for call in bench.calls())
+    assert [line for line in bench.said if "end of the grid" in line] == [
+        "a best learning rate lies at an end of the grid: all optimizers are run at 0.004 too",
+        "a best learning rate lies at an end of the grid: all optimizers are run at 0.008 too",
+    ]
+    row = json.loads((bench.folder / running.ROWS_NAME).read_text().splitlines()[0])
+    assert row["optimizer"] == {"AdamW": "AdamW", "ours": "AdaTAMW"}[row["label"]]
+    assert "{data}/x" in row["command"]  # the row goes from machine to machine
+    assert "/somewhere" not in json.dumps(row)
+    assert not list(bench.folder.glob("*/weights"))
+
+
+def test_nothing_is_done_twice(bench):
+    first = bench.run(bench.plan())
+    number = len(bench.calls())
+    assert bench.run(bench.plan()) == first
+    assert len(bench.calls()) == number
+    more = bench.run(bench.plan(seeds=[0, 1, 2, 3]))
+    assert len(more) == len(first) + 2
+    assert len(bench.calls()) == number + 2
+
+
+def test_rows_of_other_settings_are_left_aside(bench):
+    first = bench.run(bench.plan())
+    other = bench.run(bench.plan(arguments={"place": "{data}/x", "warmup_steps": 0.1}))
+    assert len(other) == len(first)
+    assert not {row["key"] for row in first} & {row["key"] for row in other}
+
+
+def test_extensions_end(bench):
+    rows = bench.run(bench.plan(max_extensions=0))
+    assert {row["learning_rate"] for row in rows} == {1e-3, 2e-3}
+
+
+def test_a_failed_run_keeps_the_others(bench):
+    plan = bench.plan(arguments={"place": "{data}/x", "fails": "adatamw 0.001 0"})
+    with pytest.raises(running.RunError, match=r"1 of 4 runs failed; the first: ours, learning rate 0\.001, seed 0"):
+        bench.run(plan)
+    rows = running.Journal(bench.folder / running.ROWS_NAME).of(plan)
+    assert len(rows) == 3
+    number = len(bench.calls())
+    with pytest.raises(running.RunError, match=r"1 of 1 .*: classify.py: error: the disk is full \(all of it: "):
+        bench.run(plan)
+    assert len(bench.calls()) == number + 1
+
+
+def test_a_metric_that_is_not_there(bench):
+    with pytest.raises(
+        running.RunError, match=r"no metric 'eval_f1' in its results\.json; it has eval_accuracy, test"
+    ):
+        bench.run(bench.plan(), metrics=("eval_f1", "test_accuracy"))
+
+
+def test_a_kill_between_two_runs(bench):
+    """The next call goes on with what is missing."""
+
+    def stops_after_two(workshop, specs, keep):
+        running.locally(workshop, specs[:2], keep)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(bench.plan(), stops_after_two)
+    assert len(bench.calls()) == 2
+    rows = bench.run(bench.plan())
+    assert len(bench.calls()) == len(rows)
+
+
+def test_a_line_that_was_cut_off_is_done_again(bench):
+    rows = bench.run(bench.plan())
+    path = bench.folder / running.ROWS_NAME
+    path.write_text(path.read_text()[:-20])
+    number = len(bench.calls())
+    assert len(bench.run(bench.plan())) == len(rows)
+    assert len(bench.calls()) == number + 1
+    path.write_text("{}\n" + path.read_text())
+    with pytest.raises(PlanError, match=r"rows\.jsonl, line 1, is not a row"):
+        running.Journal(path)
+
+
+def test_ray_does_the_same(bench):
+    pytest.importorskip("ray")
+    rows = bench.run(bench.plan(), running.with_ray)
+    done = sorted((row["label"], row["learning_rate"], row["seed"]) for row in rows)
+    assert len(done) == 12
+    assert len(bench.calls()) == 12
+
+
+def test_command(tmp_path, capsys):
+    """A real recipe, its demo, in a process of its own."""
+    content = {
+        "recipe": "classify",
+        "arguments": {"full": True, "num_train_epochs": "{epochs}", "save_strategy": "no", "max_train_samples": 64},
+        "optimizers": {"AdamW": {"optim": "adamw_torch"}, "AdaTAMW": {"optim": "adatamw"}},
+        "learning_rates": [1e-3],
+        "seeds": [0],
+        "max_extensions": 0,
+    }
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    words = ["compare", str(tmp_path / "demo.yaml"), f"--output={tmp_path / 'out'}"]
+    assert main([*words]) == 1
+    assert "the plan has {epochs}: say what it stands for by --place epochs=PATH" in capsys.readouterr().err
+    assert main([*words, "--place", "epochs=1", "--place", "other=1"]) == 1
+    assert "--place other: the plan has no {other}" in capsys.readouterr().err
+    assert main([*words, "--place", "epochs=1", "--jobs=2", "--threads=1"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^\| AdaTAMW \| 0\.001 \(at an end of the grid\) \| [\d.]+ \| [\d.]+ \| 1 \|", output, re.M)
+    assert "| learning rate | AdamW | AdaTAMW |" in output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert {row["optimizer"] for row in rows} == {"AdamW", "AdaTAMW"}
+    assert all(row["metrics"]["eval_accuracy"] is not None for row in rows)
+    assert main([*words, "--table"]) == 0
+    assert capsys.readouterr().out == output[output.index("| optimizer") :]
+
+
+def test_bad_use_is_one_sentence(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "none.yaml")]) == 1
+    assert re.fullmatch(r"hf-tam compare: .*none\.yaml cannot be read: .*\n", capsys.readouterr().err)
