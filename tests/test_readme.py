@@ -64,6 +64,27 @@ def test_the_table_of_speed_follows_the_raw_times(tmp_path):
     assert speed.table(tmp_path) not in README
 
 
+def test_the_tables_of_comparisons_are_generated():
+    pytest.importorskip("scipy")
+    from recipes.results.evidence import sections
+
+    assert sections() in README
+
+
+def test_the_tables_of_comparisons_follow_their_rows(tmp_path):
+    pytest.importorskip("scipy")
+    from recipes.results import evidence
+
+    assert evidence.sections(tmp_path).count("not measured yet") == len(list(evidence.PLANS.glob("*.yaml")))
+    for path in evidence.FOLDER.glob("compare-*.jsonl"):
+        changed = re.sub(r'"test_accuracy": 0\.\d', '"test_accuracy": 0.1', path.read_text())
+        (tmp_path / path.name).write_text(changed)
+        plan = evidence.PLANS / f"{path.stem.removeprefix('compare-')}.yaml"
+        assert evidence.section(plan, tmp_path) not in README
+        best = re.findall(r"^\| [^|]+ \| ([\d.e-]+)", evidence.section(plan, tmp_path), flags=re.MULTILINE)
+        assert best[:2] == re.findall(r"^\| [^|]+ \| ([\d.e-]+)", evidence.section(plan), flags=re.MULTILINE)[:2]
+
+
 def test_the_trainers_figure_follows_the_rates(tmp_path):
     from recipes.results import speed
 

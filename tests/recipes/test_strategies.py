@@ -1,5 +1,6 @@
 """Every file of recipes/accelerate, launched with both scripts, is the strategy it names, and trains one adapter."""
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -212,6 +213,43 @@ def test_bf16_as_the_files_say_reaches_deepspeed(launch):
     assert run.reports[0]["zero_stage"] == 3
     assert_torques(run.reports)
     assert run.results["settings"]["TrainingArguments"]["bf16"] is True
+    assert run.results["eval_perplexity"] < 0.8 * run.results["eval_perplexity_before"]
+
+
+OPTIONS = {
+    "4 bits": ["--load_in_4bit"],
+    "4 bits, packed": ["--load_in_4bit", "--packing"],
+    "dora": ["--use_dora"],
+    "rslora": ["--use_rslora"],
+    "lora plus": ["--loraplus_lr_ratio=4"],
+    "packed": ["--packing"],
+}
+
+
+@pytest.fixture(scope="session")
+def whole_with(launch):
+    """The run in one process with some options."""
+    return functools.cache(lambda name: launch(STRATEGIES[0], "sft", *OPTIONS[name], "--save_strategy=no"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "strategy", [each for each in STRATEGIES if each.name in ("ddp", "fsdp2", "zero2", "zero3")], ids=str
+)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_adapters_under_a_strategy(name, strategy, launch, whole_with):
+    """The run of one process, or, with weights of 4 bits that would be cut, an error that names the strategy."""
+    if "--load_in_4bit" in OPTIONS[name]:
+        pytest.importorskip("bitsandbytes")
+        if strategy.name in ("fsdp2", "zero3"):
+            with pytest.raises(AssertionError, match=r"error: load_in_4bit does not work under (FSDP2|ZeRO-3)"):
+                launch(strategy, "sft", *OPTIONS[name])
+            return
+    run = launch(strategy, "sft", *OPTIONS[name], "--save_strategy=no")
+    assert_torques(run.reports)
+    if "--packing" not in OPTIONS[name]:  # else other records stand in a row of every process
+        assert_same_run(run, whole_with(name))
     assert run.results["eval_perplexity"] < 0.8 * run.results["eval_perplexity_before"]
 
 
