@@ -145,6 +145,44 @@ def test_forked_child_steps_too(monkeypatch):
         assert torch.equal(torch.from_numpy(actual), wanted)
 
 
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_states_that_were_moved_are_found(key):
+    """`.data` puts other memory under a tensor; what it had before may be given away, and must not be touched."""
+    parameter = torch.nn.Parameter(torch.randn(300))
+    optimizer = hf_tam.AdaTAMW([parameter], lr=1e-2)
+    parameter.grad = torch.randn(300)
+    optimizer.step()
+    state = optimizer.state[parameter][key]
+    before = state.detach().clone()
+    old = state.detach()  # shares the memory that is left
+    state.data = before.clone()
+    optimizer.step()
+    assert torch.equal(old, before)
+    assert not torch.equal(state, before)
+
+
+def test_a_thousand_tensors_of_mixed_sizes_take_one_call(monkeypatch):
+    """And the step of the readable backend."""
+    sizes = [(7 * number**2) % 3001 for number in range(1000)]
+    assert min(sizes) == 0
+    calls, call = [], native._Table.call
+    monkeypatch.setattr(
+        native._Table, "call", lambda table, name, *numbers: (calls.append(name), call(table, name, *numbers))
+    )
+    results = []
+    for options in ({}, {"foreach": False, "fused": False}):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+        optimizer = hf_tam.AdaTAMW(parameters, lr=1e-2, **options)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        results.append(torch.cat([parameter.detach() for parameter in parameters]))
+    assert calls == ["hf_tam_step"] * 2
+    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -106,16 +106,14 @@ def _chunks(dense: Tensor) -> Sequence[Tensor]:
 
 def layout_of(entry: Entry) -> Layout:
     """How the parameter and its moments lie in memory; found out once for as long as they stay there."""
-    layout, first = entry.layout, entry.first
-    if layout is not None and layout.addresses[1] == first.data_ptr():
-        return layout
-    param, second = entry.param, entry.second
-    moments = [first] if second is None else [first, second]
-    same = all(moment.dtype == param.dtype and moment.stride() == param.stride() for moment in moments)
-    fits = same and type(param) in (Tensor, torch.nn.Parameter) and is_dense(param)
+    layout, param, first, second = entry.layout, entry.param, entry.first, entry.second
     addresses = (param.data_ptr(), first.data_ptr(), 0 if second is None else second.data_ptr())
-    entry.layout = Layout(fits, param.is_contiguous(), addresses)
-    return entry.layout
+    if layout is None or layout.addresses != addresses:
+        moments = [first] if second is None else [first, second]
+        same = all(moment.dtype == param.dtype and moment.stride() == param.stride() for moment in moments)
+        fits = same and type(param) in (Tensor, torch.nn.Parameter) and is_dense(param)
+        layout = entry.layout = Layout(fits, param.is_contiguous(), addresses)
+    return layout
 
 
 def is_dense(tensor: Tensor) -> bool:
