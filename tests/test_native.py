@@ -156,6 +156,7 @@ def test_states_that_were_moved_are_found(key):
     before = state.detach().clone()
     old = state.detach()  # shares the memory that is left
     state.data = before.clone()
+    parameter.grad = torch.randn(300)
     optimizer.step()
     assert torch.equal(old, before)
     assert not torch.equal(state, before)
