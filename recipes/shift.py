@@ -1,0 +1,115 @@
+"""Train through a sequence of tasks without a break: the labels change from task to task, the optimizer goes on.
+
+    python recipes/shift.py
+    python recipes/shift.py --flip_fraction 1.0 --optim adamw_torch --num_tasks 20
+
+Every task has the same images; in each the labels of a share of the classes are permuted anew. The first line is the
+demo: a small ResNet on scikit-learn's digits, offline.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
+from recipes.support import image_data, image_model, models, parallel, reporting, training
+from recipes.support.arguments import RunArguments
+from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support.errors import RecipeError, exit_with_one_line
+from recipes.support.label_shift import Labels, sequence_metrics, train_through
+from recipes.support.output import RESULTS_NAME, naming_a_full_disk
+from recipes.support.task_arguments import VisionDataArguments, VisionModelArguments
+
+DEMO_CONFIG = CONFIGS / "demo" / "shift.yaml"
+
+
+@dataclass
+class ShiftArguments:
+    """The sequence of tasks."""
+
+    num_tasks: int = field(default=20, metadata={"help": "How many tasks, each of num_train_epochs."})
+    flip_fraction: float = field(default=0.4, metadata={"help": "Share of the classes whose labels are permuted."})
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        if self.num_tasks < 2:
+            raise ValueError(f"num_tasks = {self.num_tasks}: must be at least 2, or nothing shifts.")
+        if not 0.0 <= self.flip_fraction <= 1.0:
+            raise ValueError(f"flip_fraction = {self.flip_fraction}: must be from 0 to 1.")
+
+
+def make_parser() -> RecipeParser:
+    """Return the parser of every argument, with this recipe's defaults."""
+    parser = RecipeParser(
+        [RunArguments, VisionModelArguments, VisionDataArguments, ShiftArguments, TrainingArguments],
+        prog="shift.py",
+        description="Train an image classifier through a sequence of tasks. Without arguments: the embedded demo.",
+    )
+    parser.set_defaults(
+        output_dir="outputs/shift",
+        optim="adatamw",
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=10,
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **precision_of_the_launch(),
+    )
+    return parser
+
+
+@exit_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; returns the exit status."""
+    started = time.perf_counter()
+    groups = parse_recipe_arguments(make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG)
+    run, model_arguments, data, shift, arguments = groups
+    if training.check_run(run, arguments) is not None or arguments.save_strategy != "no":
+        raise RecipeError("a sequence of tasks is not resumed: leave --save_strategy no, and start it again.")
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    splits, names = image_data.load_splits(data, seed=seed, evaluates=True)
+    labels = Labels(len(names), num_tasks=shift.num_tasks, fraction=shift.flip_fraction, seed=seed)
+    set_seed(arguments.seed)
+    processor, model = image_model.load(model_arguments, names)
+    arguments.label_names = ["labels"]
+    encoded = {name: image_data.encode(split, processor) for name, split in splits.items()}
+    trainer = Trainer(model=model, args=arguments, train_dataset=encoded["train"], processing_class=processor)
+    accuracies = train_through(trainer, labels, {name: encoded[name] for name in encoded if name != "train"})
+    prefixes = {"validation": "eval", "test": "test"}
+    metrics = {
+        key: value
+        for name, values in accuracies.items()
+        for key, value in sequence_metrics(values, prefix=prefixes[name]).items()
+    }
+    output_dir = Path(arguments.output_dir)
+    facts = reporting.describe_run(
+        trainer.optimizer,
+        models.count_parameters(model),
+        strategy=parallel.describe_strategy(trainer.accelerator),
+        num_records=len(encoded["train"]),
+        num_steps=shift.num_tasks * trainer.state.global_step,
+        seconds=time.perf_counter() - started,
+    )
+    with naming_a_full_disk(output_dir):
+        if trainer.is_world_process_zero():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics}, groups)
+            shown = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+            reporting.print_table(f"shift: {output_dir}", {**facts, **shown})
+    parallel.leave_group(trainer.accelerator)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
