@@ -18,9 +18,14 @@ class OwnedParameters:
         self._in_order: list[weakref.ref[Tensor]] = []
 
     def add(self, params: Iterable[Tensor], names: Iterable[str] = ()) -> None:
-        """Remember parameters that were handed to the optimizer, in the order in which they were."""
+        """Remember parameters that were handed to the optimizer, in the order in which they were.
+
+        One that is handed over again, because it was taken out of its param group (as for LoRA+), stands last.
+        """
         added = list(params)
         self._remember(added)
+        again = {id(param) for param in added}
+        self._in_order = [reference for reference in self._in_order if id(reference()) not in again]
         self._in_order += [self._references[id(param)] for param in added]
         self._names.update({id(param): name for param, name in zip(added, names, strict=False)})
 

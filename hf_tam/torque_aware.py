@@ -192,6 +192,8 @@ class TorqueAware(Optimizer, ABC):
             or not all(bucket.measured for bucket in buckets)
             or not buckets
             or any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates)
+            # DeepSpeed's groups come one at a time: LoRA's A matrices, whose first gradients are 0, may come alone.
+            or self._logical.is_partitioned(self.param_groups)
         ):
             return
         flags = [(bucket.raw_grad_sq == 0.0).all() for bucket in buckets]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_tam import AdaTAMW
 from tests.reference import ReferenceOptimizer
 from tests.test_equivalence import Dispatched
 from tests.test_properties import EVERY_BACKEND, SCOPES, fresh_parameters, make
@@ -166,3 +167,12 @@ def test_attach_of_a_strange_module(name):
     optimizer = make(name, _model().parameters())
     with pytest.raises(ValueError, match="attach"):
         optimizer.attach(_model())
+
+
+def test_parameter_that_moves_to_another_group_is_owned_once():
+    """As LoRA+ moves the B matrices; DeepSpeed's partitions are told apart by the order in which they are owned."""
+    first, second = (torch.nn.Parameter(torch.randn(3)) for _ in range(2))
+    optimizer = AdaTAMW([first, second])
+    optimizer.param_groups[0]["params"] = [second]
+    optimizer.add_param_group({"params": [first], "lr": 0.1})
+    assert [id(param) for param in optimizer._logical._owned.in_order()] == [id(second), id(first)]
