@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_tam import buffers, checkpoint, update
+from hf_tam import buffers, checkpoint, clipping, nonfinite, update
 from hf_tam.backends import NUM_SUMS, Entry, select_backend
 from hf_tam.backends.windows import AdamStep, SgdStep
 from hf_tam.bucket import Bucket
@@ -160,7 +160,7 @@ class TorqueAware(Optimizer, ABC):
         buckets = self._buckets(reducer)
         self._check_devices(buckets)
         self._telemetry.start(reducer)
-        limit = self._max_grad_norm(reducer)
+        limit = self._max_grad_norm()
         everything, buckets = buckets, self._step_by_windows(reducer, buckets, limit)
         # Not by what this rank has gradients of: all must take as many reductions.
         if limit is not None and self.coupled and any(group["weight_decay"] for group in self.param_groups):
@@ -168,14 +168,14 @@ class TorqueAware(Optimizer, ABC):
             limit = None
         else:
             self._reduce(reducer, buckets)
-        self._refuse_nonfinite(buckets)
+        nonfinite.refuse(buckets, self._names)
         if limit is not None:
-            self._set_clip(buckets, limit)
+            clipping.set_factors(buckets, limit)
         devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
             devices[bucket.device].append(bucket)
         for together in devices.values():
-            self._skip_nonfinite(together)
+            nonfinite.skip(together, self._telemetry)
             self._angles(together)
         self._telemetry.record(reducer, everything)
         self._forget_initialisation(everything, had_state=had_state)
@@ -235,14 +235,8 @@ class TorqueAware(Optimizer, ABC):
                 self._telemetry.read_skipped()
         return left
 
-    def _max_grad_norm(self, reducer: Reducer) -> float | None:
-        limits = {group["max_grad_norm"] for group in self.param_groups}
-        if len(limits) > 1:
-            raise ValueError(
-                f"the param groups have different values of max_grad_norm ({limits}): what is clipped is the norm of "
-                "all gradients together, so give them all the same"
-            )
-        limit: float | None = next(iter(limits))
+    def _max_grad_norm(self) -> float | None:
+        limit = clipping.common_limit(self.param_groups)
         if limit is not None and self._logical.is_partitioned(self.param_groups):
             raise RuntimeError(
                 f"max_grad_norm={limit} cannot be used with DeepSpeed ZeRO, which hands over a part of the gradients "
@@ -250,21 +244,11 @@ class TorqueAware(Optimizer, ABC):
             )
         return limit
 
-    def _set_clip(self, buckets: list[Bucket], limit: float) -> None:
-        """Give every bucket the factor by which torch.nn.utils.clip_grad_norm_ would scale the gradients."""
-        if not buckets:
-            return
-        device = buckets[0].device
-        squares = torch.stack([bucket.clipped_square().to(device) for bucket in buckets])
-        factor = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
-        for bucket in buckets:
-            bucket.clip = factor.to(bucket.device)
-
     def _reduce_clipped(self, reducer: Reducer, buckets: list[Bucket], limit: float) -> None:
         """Clip the gradients themselves, to which a coupled decay is added, before their sums are taken."""
         self._reduce(reducer, buckets, only_norms=True)
-        self._refuse_nonfinite(buckets)
-        self._set_clip(buckets, limit)
+        nonfinite.refuse(buckets, self._names)
+        clipping.set_factors(buckets, limit)
         squares = [bucket.raw_grad_sq for bucket in buckets]
         for bucket in buckets:
             assert bucket.clip is not None
@@ -320,39 +304,6 @@ class TorqueAware(Optimizer, ABC):
         scale = self._moment_scale(bucket)
         dot, momentum_sq, grad_sq = bucket.angle_sums()
         return torch.stack([dot * scale, momentum_sq * scale.square(), grad_sq]).sum(1)
-
-    def _refuse_nonfinite(self, buckets: Iterable[Bucket]) -> None:
-        for bucket in buckets:
-            if bucket.group["nonfinite"] == "raise" and not bucket.finite().all():
-                raise FloatingPointError(
-                    self._nonfinite_message(bucket.entries[bucket.finite().tolist().index(False)])
-                )
-
-    def _skip_nonfinite(self, buckets: list[Bucket]) -> None:
-        """Set `keep` where `nonfinite="skip"`: a tensor goes by its own gradient, scope "model" by all of them."""
-        skipping = [bucket for bucket in buckets if bucket.group["nonfinite"] == "skip"]
-        together = [bucket for bucket in skipping if bucket.group["scope"] == "model"]
-        if together:
-            whole = torch.cat([bucket.finite() for bucket in together]).all()
-            self._skip(together, whole, [whole.expand(len(bucket.entries)) for bucket in together])
-        for bucket in skipping:
-            if bucket.group["scope"] == "tensor":
-                self._skip([bucket], bucket.finite(), [bucket.finite()])
-
-    def _skip(self, buckets: list[Bucket], counted: Tensor, keeps: list[Tensor]) -> None:
-        on_host = all(bucket.on_host for bucket in buckets)
-        if on_host and bool(counted.all()):
-            return
-        self._telemetry.count_skipped(counted, on_host=on_host)
-        for bucket, keep in zip(buckets, keeps, strict=True):
-            bucket.keep = keep if bucket.keep is None else keep & bucket.keep
-
-    def _nonfinite_message(self, entry: Entry) -> str:
-        name = self._names()[entry.index] or f"number {entry.index}, shape {tuple(entry.owner.shape)}"
-        return (
-            f"the gradient of parameter {name} is not finite (nonfinite='raise'); nothing was changed. "
-            "Lower the learning rate or look at the batch, or pass nonfinite='skip'"
-        )
 
     def _buckets(self, reducer: Reducer) -> list[Bucket]:
         index, buckets = 0, []

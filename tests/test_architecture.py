@@ -23,10 +23,12 @@ ALLOWED = {
     "logical": {"ownership", "sharding"},
     "buffers": {"backends", "sharding"},
     "telemetry": {"update", "bucket", "sharding"},
+    "clipping": {"bucket"},
+    "nonfinite": {"backends", "bucket", "telemetry"},
     "checkpoint": {"hyperparameters", "sharding", "torque_aware", "buffers"},
     "torque_aware": {
         "update", "backends", "scalars", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters",
-        "logical",
+        "logical", "clipping", "nonfinite",
     },
     "optim": {"update", "backends", "bucket", "hyperparameters", "torque_aware"},
     "torque_log": {"torque_aware"},
