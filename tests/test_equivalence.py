@@ -118,6 +118,7 @@ def test_fused_kernel_ran(fused_calls, name, scope, backend, runs, monkeypatch):
         assert sum(fused_calls) == (37 if runs else 0)
 
 
+@pytest.mark.skipif(not native.is_available(), reason="needs a C compiler")
 @pytest.mark.parametrize("name", ["AdaTAMW", "AdaTAM", "TAM"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

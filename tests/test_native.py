@@ -17,6 +17,7 @@ import hf_tam
 from hf_tam.backends import cpu, native, select_backend
 from hf_tam.backends.native import library
 
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"the kernels are not there: {native.why_not()}")
 SHAPES = [(257, 129), (3, 5), (), (0,), (70_001,), (8192,), (1050, 1001), (16384, 16)]
 """One of them so large that all threads share it."""
 

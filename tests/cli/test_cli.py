@@ -6,6 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from hf_tam import cli
+from hf_tam.backends import native
 from hf_tam.cli import activate, deactivate, status
 from hf_tam.integrations import autoload
 from tests.integrations.launching import HF_TAM_COMMAND, run, run_successfully
@@ -116,7 +117,8 @@ def test_status_says_which_backend_and_which_strategies(capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert cli.main(["status"]) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
-    assert lines["backend"] == "native (device: cpu)"
+    reason = native.why_not()
+    assert lines["backend"] == (f"cpu (device: cpu; not native: {reason})" if reason else "native (device: cpu)")
     assert lines["strategy FSDP1"] == "available (gloo); use_orig_params=True"
     assert lines["strategy FSDP2, HSDP, tensor parallelism"] == "available (gloo)"
     assert "strategy DDP" in lines
