@@ -6,7 +6,7 @@
 | `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators without Triton |
 | `native` | one call | one call, or with the sums | `fused=True`, and by default on the CPU with a C compiler |
 | `cpu` | chunks that stay in cache | torch's vectorised fused kernels | the same, where there is no C compiler |
-| `triton` | one launch | one launch, or both in two for each window | `fused=True`, and by default on CUDA, ROCm and XPU |
+| `triton` | one launch | one launch, or two a window | `fused=True`, and by default on CUDA, ROCm and XPU |
 
 A backend is a module with the functions of the `Backend` protocol. Nothing here communicates.
 """

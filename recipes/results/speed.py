@@ -113,7 +113,7 @@ def inside_the_trainer(folder: Path = FOLDER) -> str:
     ratio = pair_ratio(rates["adatamw"], rates["adamw_torch_fused"])
     return (
         f"Inside the Trainer (LoRA demo of `sft.py`, CPU, {run['threads']} threads, {len(rates['adatamw'])} pairs of"
-        f" runs of {run['steps']} steps), tokens per second with `--optim adatamw` / `--optim adamw_torch_fused`:"
+        f" steps in turns), tokens per second with `--optim adatamw` / `--optim adamw_torch_fused`:"
         f" {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}); the bar is >= 0.99."
     )
 
