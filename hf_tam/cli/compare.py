@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,8 @@ def compare(parsed: argparse.Namespace) -> int:
     from hf_tam.compare import choosing, printing, running
     from hf_tam.compare.plan import PlanError, load_plan
 
+    # A batch system ends a job by SIGTERM; the runs must end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         plan = load_plan(parsed.plan)
         folder = parsed.output or Path("outputs", "compare", plan.name)

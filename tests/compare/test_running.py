@@ -1,7 +1,12 @@
 """Runs leave one row each, are not done twice, and a failed one costs nobody else's."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 
 import pytest
@@ -190,6 +195,49 @@ def test_command(tmp_path, capsys):
     assert all(row["metrics"]["eval_accuracy"] is not None for row in rows)
     assert main([*words, "--table"]) == 0
     assert capsys.readouterr().out == output[output.index("| optimizer") :]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_runs_too(number, tmp_path):
+    """And says that what was finished is kept."""
+    content = {
+        "recipe": "classify",
+        "arguments": {"full": True, "num_train_epochs": 500, "save_strategy": "no"},
+        "optimizers": {"AdamW": {"optim": "adamw_torch"}},
+        "learning_rates": [1e-3],
+        "seeds": [0],
+    }
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    words = ["compare", str(tmp_path / "long.yaml"), f"--output={tmp_path / 'out'}"]
+    program = "import sys; from hf_tam.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out/*.log")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (child,) = children_of(process.pid)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped; the rows that were finished are kept" in error
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(child)
+
+
+def children_of(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_bad_use_is_one_sentence(tmp_path, capsys):
