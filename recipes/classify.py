@@ -105,6 +105,10 @@ def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> di
         train, validation = records.select(train, validation, data, seed=seed)
     else:
         train, validation = records.load_training_splits(data, seed=seed)
+        if validation is not None and data.validation_fraction:
+            validation, num_left_out = classification.without_new_labels(validation, train, data)
+            if num_left_out:
+                reporting.warn(f"{num_left_out} records held out have a label that no training record has: left out")
         test = records.load_file(data.test_file) if data.test_file else None
     splits = {"train": train, "validation": validation, "test": test}
     present = {name: split for name, split in splits.items() if split is not None}

@@ -33,7 +33,7 @@ DEMO_CONFIG = CONFIGS / "demo" / "shift.yaml"
 class ShiftArguments:
     """The sequence of tasks."""
 
-    num_tasks: int = field(default=20, metadata={"help": "How many tasks, each of num_train_epochs."})
+    num_tasks: int = field(default=20, metadata={"help": "How many tasks, each of num_train_epochs (or max_steps)."})
     flip_fraction: float = field(default=0.4, metadata={"help": "Share of the classes whose labels are permuted."})
 
     def __post_init__(self) -> None:

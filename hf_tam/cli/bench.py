@@ -77,6 +77,11 @@ def bench(parsed: argparse.Namespace) -> int:
         print(f"hf-tam bench: {error}", file=sys.stderr)
         return 2
     report: dict[str, Any] = {"command": _command(parsed, settings), "machine": describe_machine(), "runs": []}
+    load = load_average()
+    if load is not None and load[0] > 0.5 * (os.cpu_count() or 1):
+        print(
+            f"hf-tam bench: other jobs are running (load average {load[0]}): take the ratios as rough", file=sys.stderr
+        )
     for workload, dtype in plan:
         facts: dict[str, Any] = {
             "workload": workload.name,

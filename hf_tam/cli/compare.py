@@ -65,7 +65,11 @@ def compare(parsed: argparse.Namespace) -> int:
         return _complain(str(error), code=1)
     except KeyboardInterrupt:
         return _complain("stopped; the rows that were finished are kept, and the same command goes on", code=130)
-    print(printing.table(plan, results), printing.curves(plan, results), printing.summary(plan, results), sep="\n\n")
+    tables = (printing.table(plan, results), printing.curves(plan, results), printing.summary(plan, results))
+    text = "\n\n".join(tables)
+    print(text)
+    if not parsed.table:
+        (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -16,6 +16,8 @@ __all__ = ["Difference", "Estimate", "Outcome", "best_rate", "extended", "outcom
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
+LEAST_SEEDS = 3
+"""With fewer, an interval is so wide that a tie would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Difference:
     Attributes:
         by_seed: The differences of the test metric.
         estimate: Their mean.
-        verdict: "better" or "worse" where the interval leaves out 0, else "tie".
+        verdict: "better" or "worse" where the interval leaves out 0, else "tie"; "too few seeds" below 3.
         within: Whether the mean is no worse than the plan's tolerance.
     """
 
@@ -168,4 +170,5 @@ def _difference(
         return None
     estimate = Estimate.of(by_seed)
     verdict = "better" if estimate.low > 0.0 else "worse" if estimate.high < 0.0 else "tie"
+    verdict = verdict if estimate.count >= LEAST_SEEDS else "too few seeds"
     return Difference(by_seed, estimate, verdict, within=estimate.mean >= -plan.tolerance)

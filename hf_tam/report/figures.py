@@ -22,7 +22,7 @@ _COLOURS = {
 }
 _STYLES = ("-", "--", ":", "-.")
 _PAGE = {"light": ("#ffffff", "#1b1f24", "#d5d9de"), "dark": ("#14181d", "#e4e8ec", "#3a424b")}
-_MAPS = {"light": "PuOr", "dark": "berlin"}
+_MAPS = {"light": "RdBu_r", "dark": "berlin"}
 THEMES = ("light", "dark")
 
 

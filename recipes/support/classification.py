@@ -45,6 +45,26 @@ def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:
     return names
 
 
+def without_new_labels(held_out: Records, train: Records, data: ClassifyDataArguments) -> tuple[Records, int]:
+    """Leave out records whose label no training record has: those of a rare class, all of which were held out.
+
+    Returns:
+        The others, and how many were left out.
+
+    Raises:
+        RecipeError: nothing is left.
+    """
+    known, labels = set(train.dataset[data.label_column]), held_out.dataset[data.label_column]
+    kept = [index for index, label in enumerate(labels) if label in known]
+    if len(kept) == len(labels):
+        return held_out, 0
+    if not kept:
+        raise RecipeError(
+            f"{held_out.source}: none of the labels held out occurs in the training data: hold out more."
+        )
+    return held_out.subset(kept), len(labels) - len(kept)
+
+
 def encode_records(
     records: Records, data: ClassifyDataArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
 ) -> tuple[Dataset, int]:
@@ -62,7 +82,10 @@ def encode_records(
     for index, label in enumerate(records.dataset[data.label_column]):
         name = feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
         if name not in index_of:
-            raise RecipeError(f"{records.locate(index)}: the label {name!r} does not occur in the training data.")
+            raise RecipeError(
+                f"{records.locate(index)}: the label {name!r} does not occur in the training data: add records that"
+                " have it, or take this one out."
+            )
         labels.append(index_of[name])
     texts = list(records.dataset[data.text_column])
     lengths = map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
-from recipes.support import image_data
+from recipes.support import image_data, reporting
 
 
 class Labels:
@@ -62,6 +62,8 @@ def train_through(trainer: Trainer, labels: Labels, splits: dict[str, Any]) -> d
             prediction = trainer.predict(split)
             predicted, classes = prediction.predictions.argmax(-1), prediction.label_ids
             accuracies[name][task] = (predicted == labels.tables[:, classes]).mean(1)
+        reached = ", ".join(f"{name} accuracy {values[task, task]:.4f}" for name, values in accuracies.items())
+        reporting.announce(f"task {task + 1} of {len(labels.tables)}: {reached}")
     return accuracies
 
 

@@ -31,14 +31,29 @@ def is_finished(output_dir: Path) -> bool:
 
 
 def names_finished_run(argv: list[str]) -> bool:
-    """Whether `argv` asks to merge, and its output_dir holds a finished run: then the demo does not step in."""
+    """Whether `argv` asks to merge, and its output_dir holds a finished run: then the demo does not step in.
+
+    Raises:
+        RecipeError: it asks for nothing else, and there is no finished run.
+    """
+    found, others = _scan(argv)
+    if not (found.merge.lower() in ("true", "1", "yes") and found.output_dir):
+        return False
+    if is_finished(Path(found.output_dir)):
+        return True
+    if others:
+        return False
+    raise RecipeError(
+        f"merge: there is no finished run in {found.output_dir}; name the output_dir of one, or a model and data to"
+        " train on before."
+    )
+
+
+def _scan(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scanner.add_argument("--merge", nargs="?", const="true", default="false")
     scanner.add_argument("--output_dir", "--output-dir")
-    found = scanner.parse_known_args(argv)[0]
-    return (
-        found.merge.lower() in ("true", "1", "yes") and bool(found.output_dir) and is_finished(Path(found.output_dir))
-    )
+    return scanner.parse_known_args(argv)
 
 
 def is_all_to_do(run: SftRunArguments, lora: LoraArguments, arguments: Any) -> bool:

@@ -30,7 +30,10 @@ def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
         RecipeError: the run cannot start, and why.
     """
     resuming = wants_resume(training.resume_from_checkpoint)
-    check_output_directory(Path(training.output_dir), overwrite=run.overwrite, resuming=resuming)
+    output_dir = Path(training.output_dir)
+    check_output_directory(output_dir, overwrite=run.overwrite, resuming=resuming)
+    if run.overwrite and not resuming and output_dir.is_dir() and any(output_dir.iterdir()):
+        reporting.announce(f"replacing the run in {output_dir} (overwrite; another --output_dir keeps it)")
     return checkpoint_to_resume(training)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,20 @@ def test_embedded_default_learns_wordings_it_has_not_seen(seed, classify):
     assert results["seconds"] > 0
     assert results["train_loss"] < 2.0
     rows = read_metrics(classify.output_dir / "metrics.jsonl")
-    assert sum("eval_accuracy" in row for row in rows) == 6
+    assert sum("eval_accuracy" in row for row in rows) == 7  # after each epoch, and of the result
     assert any("test_accuracy" in row for row in rows)
+
+
+def test_a_rare_label_that_was_held_out_is_left_out(classify, encoder, tmp_path):
+    """The recipe drew the records that it holds out: that the only one of a class is among them is nobody's mistake."""
+    rows = [{"text": f"a question of kind {number % 2}", "label": f"kind {number % 2}"} for number in range(30)]
+    rows += [{"text": f"a rare thing {number}", "label": f"rare {number}"} for number in range(30)]
+    status, _, error = classify(
+        *("--train_file", write(tmp_path / "train.jsonl", *rows), "--validation_fraction", 0.5, "--max_steps", 1),
+        *("--model_name_or_path", encoder, "--full"),
+    )
+    assert status == 0, error
+    assert re.search(r"\d+ records held out have a label that no training record has: left out", error)
 
 
 def test_no_wording_of_the_test_is_in_training():

@@ -330,3 +330,10 @@ def test_real_instructions_are_learnt_as_chats(sft, tmp_path):
     assert "packing: " in output
     results = results_of(sft.output_dir)
     assert results["eval_loss"] < results["eval_loss_before"] - 0.2
+
+
+def test_merge_of_a_run_that_is_not_there_trains_nothing(tmp_path, capsys):
+    """A typo in the folder must not start the demo."""
+    assert main([f"--output_dir={tmp_path / 'nowhere'}", "--merge"]) == 1
+    assert f"merge: there is no finished run in {tmp_path / 'nowhere'}; name the" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
