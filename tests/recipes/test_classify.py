@@ -63,7 +63,7 @@ def test_embedded_default_learns_wordings_it_has_not_seen(seed, classify):
 
 
 def test_a_rare_label_that_was_held_out_is_left_out(classify, encoder, tmp_path):
-    """The recipe drew the records that it holds out: that the only one of a class is among them is nobody's mistake."""
+    """The recipe drew what it holds out: that the only record of a class is among it is nobody's mistake."""
     rows = [{"text": f"a question of kind {number % 2}", "label": f"kind {number % 2}"} for number in range(30)]
     rows += [{"text": f"a rare thing {number}", "label": f"rare {number}"} for number in range(30)]
     status, _, error = classify(
