@@ -210,7 +210,13 @@ def test_a_signal_ends_the_runs_too(number, tmp_path):
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     words = ["compare", str(tmp_path / "long.yaml"), f"--output={tmp_path / 'out'}"]
     program = "import sys; from hf_tam.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, which may be running the tests, ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("out/*.log")) and time.monotonic() < deadline:
