@@ -1,5 +1,6 @@
 """Runs leave one row each, are not done twice, and a failed one costs nobody else's."""
 
+import contextlib
 import json
 import os
 import re
@@ -216,6 +217,7 @@ def test_a_signal_ends_the_runs_too(number, tmp_path):
         text=True,
         # A shell's background job, which may be running the tests, ignores Ctrl-C, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 60
@@ -224,13 +226,14 @@ def test_a_signal_ends_the_runs_too(number, tmp_path):
         (child,) = children_of(process.pid)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
+        while is_running(child) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not is_running(child)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it had started
     assert process.returncode == 130
     assert "stopped; the rows that were finished are kept" in error
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_running(child)
 
 
 def children_of(pid):
