@@ -12,7 +12,7 @@ wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import cast
 
 import torch
@@ -24,7 +24,7 @@ from hf_tam.backends.entry import Entry, Layout, StepScalars
 from hf_tam.backends.windows import not_by_windows as step_by_windows
 from hf_tam.update import accumulator_dtype
 
-__all__ = ["adam", "is_dense", "layout_of", "partial_sums", "sgd", "step_by_windows"]
+__all__ = ["adam", "fits_kernel", "is_dense", "layout_of", "partial_sums", "sgd", "step_by_windows"]
 
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and
@@ -112,7 +112,7 @@ def layout_of(entry: Entry) -> Layout:
         moments = [first] if second is None else [first, second]
         same = all(moment.dtype == param.dtype and moment.stride() == param.stride() for moment in moments)
         fits = same and type(param) in (Tensor, torch.nn.Parameter) and is_dense(param)
-        layout = entry.layout = Layout(fits, param.is_contiguous(), addresses)
+        layout = entry.layout = Layout(fits, addresses)
     return layout
 
 
@@ -130,7 +130,8 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _fits_kernel(entry: Entry, grad: Tensor, *, dtypes: frozenset[torch.dtype]) -> bool:
+def fits_kernel(entry: Entry, grad: Tensor, *, dtypes: Container[torch.dtype]) -> bool:
+    """Whether raw pointers lead a kernel for `dtypes` to the right elements of parameter, gradient and moments."""
     param = entry.param
     return (
         layout_of(entry).is_uniform
@@ -156,7 +157,7 @@ def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
         row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
         beta1, step_size = 1.0 - row["first_weight"], row["step_size"]
         # A weight or step size of 0 leaves the kernel a 0/0 (decay / step_size, 1 - beta1^inf).
-        if beta1 == 1.0 or step_size == 0.0 or not _fits_kernel(entry, grad, dtypes=_ADAM_DTYPES):
+        if beta1 == 1.0 or step_size == 0.0 or not fits_kernel(entry, grad, dtypes=_ADAM_DTYPES):
             single.adam_tensor(entry, scalars.clipped(grad), scalars.row(position))
             continue
         assert entry.second is not None
@@ -179,7 +180,7 @@ def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     for position, entry in enumerate(entries):
         row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
         # Without momentum the kernel leaves the buffer, and with it the gain, aside.
-        if row["momentum"] == 0.0 or not _fits_kernel(entry, grad, dtypes=_SGD_DTYPES):
+        if row["momentum"] == 0.0 or not fits_kernel(entry, grad, dtypes=_SGD_DTYPES):
             single.sgd_tensor(entry, scalars.clipped(grad), scalars.row(position))
             continue
         torch._fused_sgd_(

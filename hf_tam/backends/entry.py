@@ -22,14 +22,12 @@ class Layout:
 
     Attributes:
         is_uniform: Whether all are plain tensors of one dtype and one layout that fills a stretch of memory.
-        is_contiguous: Whether that is the order of dimensions.
         addresses: Where parameter, first and second moment begin (0 where there is none).
         chunks: The first moment in memory order, cut into 1-D pieces, if a backend has asked for them; empty where it
             does not fill a stretch of memory.
     """
 
     is_uniform: bool
-    is_contiguous: bool
     addresses: tuple[int, int, int]
     chunks: Sequence[Tensor] | None = None
 

@@ -128,10 +128,10 @@ def test_interval_is_students():
 def test_verdicts(plan, shift, noise, verdict, within):
     """The interval decides between better, tie and worse; the tolerance of 0.2 points is a count of its own."""
 
-    def test(label, rate, seed):
+    def accuracy(label, rate, seed):
         return 0.5 + 0.05 * seed + (shift + noise * (-1) ** seed if label == "ours" else 0.0)
 
-    rows = rows_of({"AdamW": (0.1, 0.2, 0.1), "ours": (0.1, 0.2, 0.1)}, test=test)
+    rows = rows_of({"AdamW": (0.1, 0.2, 0.1), "ours": (0.1, 0.2, 0.1)}, test=accuracy)
     baseline, ours = outcomes(plan, rows)
     assert baseline.difference is None
     assert ours.difference.estimate.mean == pytest.approx(shift)

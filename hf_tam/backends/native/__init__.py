@@ -2,7 +2,7 @@
 
 Where no tensor waits for another the whole step is one call that goes through it tensor by tensor, so that moment and
 gradient come from the cache when they are updated: 7 accesses of memory an element, as AdamW has. Otherwise it is two
-calls, one for the sums, which are taken in fp64, and one for the update: 9.
+calls, one for the sums and one for the update: 9.
 
 Tensors of other dtypes than fp32 and bf16, and those whose parameter, gradient and moments do not share one dense
 layout, go to the `cpu` backend.
@@ -25,7 +25,6 @@ from hf_tam.backends.native.library import load, why_not
 from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
 
 __all__ = ["adam", "is_available", "partial_sums", "sgd", "step_by_windows", "why_not"]
-
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -111,24 +110,15 @@ class _Table:
         self._rows = array("q")  # `tensor` in kernels.c, 64 bits each
         decays = array("d")
         for at, (entry, wanted) in enumerate(zip(entries, with_dot, strict=False)):
-            param, grad, layout = entry.param, entry.raw_grad, cpu.layout_of(entry)
-            dtype = _DTYPES.get(param.dtype)
-            if (
-                dtype is None
-                or not layout.is_uniform
-                or grad.dtype is not param.dtype
-                or type(grad) is not Tensor
-                or grad.is_neg()
-                or not (grad.is_contiguous() if layout.is_contiguous else grad.stride() == param.stride())
-            ):
+            param, grad = entry.param, entry.raw_grad
+            if not cpu.fits_kernel(entry, grad, dtypes=_DTYPES) or type(grad) is not Tensor or grad.is_neg():
                 self.outside.append(at)
                 continue
-            address, first, second = layout.addresses
+            address, first, second = cpu.layout_of(entry).addresses
             self.inside.append(at)
             decays.append(entry.coupled_decay)
-            self._rows.extend(
-                (param.numel(), dtype, wanted, entry.maximize, address, grad.data_ptr(), first, second, 0)
-            )
+            numbers = (param.numel(), _DTYPES[param.dtype], wanted, entry.maximize)
+            self._rows.extend((*numbers, address, grad.data_ptr(), first, second, 0))
         self._rows[8::9] = array("q", decays.tobytes())  # the bits of the doubles
 
     def call(self, name: str, *arguments: float) -> None:
