@@ -105,7 +105,7 @@ def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> di
         train, validation = records.select(train, validation, data, seed=seed)
     else:
         train, validation = records.load_training_splits(data, seed=seed)
-        if validation is not None and data.validation_fraction:
+        if validation is not None and not data.validation_file:
             validation, num_left_out = classification.without_new_labels(validation, train, data)
             if num_left_out:
                 reporting.warn(f"{num_left_out} records held out have a label that no training record has: left out")

@@ -60,7 +60,7 @@ def without_new_labels(held_out: Records, train: Records, data: ClassifyDataArgu
         return held_out, 0
     if not kept:
         raise RecipeError(
-            f"{held_out.source}: none of the labels held out occurs in the training data: hold out more."
+            f"{held_out.source}: none of the labels held out occurs in the training data: hold out fewer records."
         )
     return held_out.subset(kept), len(labels) - len(kept)
 
