@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.backends import NUM_SUMS, Backend, Entry, Scalar, StepScalars
+from hf_tam.backends.whole import StepReport
 from hf_tam.scalars import PackedScalars
 from hf_tam.update import AdamCoefficients, SgdCoefficients
 
@@ -40,7 +41,7 @@ class Bucket:
         measured: Whether `sums` were taken at all.
         cosine: s_t, shape (n,).
         damping: The damping applied in this step, shape (n,).
-        factor: c_t, the factor on the gradient in this step, shape (n,).
+        factor: c_t, the factor on the gradient in this step, shape (n,), or None where the report does not say.
     """
 
     group: dict[str, Any]
@@ -57,7 +58,7 @@ class Bucket:
     measured: bool = True
     cosine: Tensor = field(default_factory=lambda: torch.empty(0))
     damping: Tensor = field(default_factory=lambda: torch.empty(0))
-    factor: Tensor = field(default_factory=lambda: torch.empty(0))
+    factor: Tensor | None = None
 
     @classmethod
     def of(
@@ -107,11 +108,9 @@ class Bucket:
             return self.scalars["step"].new_zeros(count, NUM_SUMS)
         return self.backend.partial_sums(self.entries, with_dot=wanted)
 
-    def set_report(self, *, sums: Tensor, cosine: Tensor, damping: Tensor) -> None:
+    def set_report(self, report: StepReport) -> None:
         """Take over what a backend saw that has taken the whole step by itself."""
-        self.sums, self.cosine, self.damping = sums, cosine, damping
-        self.factor = damping + self.group["damping_eps"]
-        self.keep = self.finite() if self.group["nonfinite"] == "skip" else None
+        self.cosine, self.damping, self.sums, self.keep = report
 
     def angle_sums(self) -> Sequence[Tensor]:
         """<m, g>, |m|^2 and |g|^2, shape (n,) each, 0 where no rank has a gradient; m is as it is stored."""
@@ -155,13 +154,24 @@ class Bucket:
         self.damping, self.factor = damping, coefficient
         return coefficient
 
-    def effective_learning_rates(self) -> Tensor:
+    def effective_learning_rates(self) -> Callable[[], Tensor]:
         """What the learning rate amounts to beside AdamW's or SGD's, shape (n,); NaN where the step is skipped.
 
         2 lr c_t in the calibrated forms, in which c = 1/2 is neutral; lr c_t in the paper's.
+
+        Returns:
+            A function that works it out, which most steps need not do. It holds on to no parameter or gradient.
         """
-        rates = self.learning_rate() * (self.factor if self.literal else 2.0 * self.factor)
-        return rates if self.keep is None else torch.where(self.keep, rates, torch.nan)
+        lr, keep = self.learning_rate(), self.keep
+        lr = lr.clone() if isinstance(lr, Tensor) else lr  # schedulers write to it
+        scale, offset = (1.0 if self.literal else 2.0), self.group["damping_eps"]
+        damping, factor = self.damping, self.factor
+
+        def rates() -> Tensor:
+            effective = lr * (scale * (damping + offset if factor is None else factor))
+            return effective if keep is None else torch.where(keep, effective, torch.nan)
+
+        return rates
 
     def learning_rate(self) -> Scalar:
         """The group's learning rate: a float on the host, otherwise as it is, on the bucket's device."""

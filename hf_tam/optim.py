@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_tam import update
-from hf_tam.backends.windows import AdamStep, SgdStep
+from hf_tam.backends.whole import AdamStep, SgdStep
 from hf_tam.bucket import Bucket
 from hf_tam.hyperparameters import ADAPTIVE_STEP_SIZES, MOMENTUM_STEP_SIZES
 from hf_tam.torque_aware import TorqueAware
@@ -54,14 +54,14 @@ class _Adaptive(TorqueAware):
         bucket.execute(coefficients)
         bucket.store("exp_avg_scale", moment.scale)
 
-    def _window_step(self, bucket: Bucket) -> AdamStep:
+    def _whole_step(self, bucket: Bucket) -> AdamStep:
         group = bucket.group
         decay = 0.0 if self.coupled else group["weight_decay"]
         return AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **_shared_step(bucket))
 
 
 def _shared_step(bucket: Bucket) -> dict[str, Any]:
-    """What the adaptive and the momentum step by windows have in common."""
+    """What the adaptive and the momentum step have in common."""
     group = bucket.group
     return {
         "lr": bucket.learning_rate(),
@@ -237,7 +237,7 @@ class TAM(TorqueAware):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, {**arguments, "fused": None, "capturable": False})
 
-    def _window_step(self, bucket: Bucket) -> SgdStep:
+    def _whole_step(self, bucket: Bucket) -> SgdStep:
         return SgdStep(momentum=bucket.group["momentum"], **_shared_step(bucket))
 
     def _moment_scale(self, bucket: Bucket) -> Tensor:

@@ -37,9 +37,10 @@ class PackedScalars:
             parts = row.split([shape.numel() for shape in shapes])
             for state, views, shape, part in zip(states, self._views, shapes, parts, strict=True):
                 state[key] = views[key] = part.view(shape)
+        self._addresses = self._where(states)
 
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
-        """Whether these states, and no others, still are the views that were put there."""
+        """Whether these states, and no others, still are the views that were put there, and lie where they did."""
         if len(states) != len(self._views):
             return False
         keys = self._keys
@@ -47,7 +48,11 @@ class PackedScalars:
             for key in keys:
                 if state.get(key) is not views[key]:
                     return False
-        return True
+        return self._where(states) == self._addresses
+
+    def _where(self, states: Sequence[dict[str, Any]]) -> list[int]:
+        """Who moves states by `.data`, to offload them, moves all of them: one a tensor tells."""
+        return [state[self._keys[0]].data_ptr() for state in states]
 
     def read(self) -> dict[str, Tensor]:
         """The numbers by name, shape (n,), a copy in `accumulator_dtype`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ class _Record(NamedTuple):
     indices: list[int]
     cosine: Tensor
     damping: Tensor
-    effective_lr: Tensor
+    effective_lr: Callable[[], Tensor]
     raw_grad_sq: Tensor
 
 
@@ -80,7 +80,7 @@ class Telemetry:
         cosine = _replaced(nothing, ((record.indices, record.cosine) for record in records))
         damping = _replaced(update.damping(torque), ((record.indices, record.damping) for record in records))
         unknown = torch.full_like(nothing, torch.nan)
-        rates = _replaced(unknown, ((record.indices, record.effective_lr) for record in records))
+        rates = _replaced(unknown, ((record.indices, record.effective_lr()) for record in records))
         norms = _replaced(unknown, ((record.indices, record.raw_grad_sq.sqrt()) for record in records))
         skipped = torch.zeros((), dtype=torch.int64, device=device)
         for count in self._skipped.values():

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import buffers, checkpoint, clipping, nonfinite, update
-from hf_tam.backends import NUM_SUMS, Entry, select_backend
-from hf_tam.backends.windows import AdamStep, SgdStep
+from hf_tam.backends import NUM_SUMS
+from hf_tam.backends.whole import AdamStep, SgdStep
 from hf_tam.bucket import Bucket
+from hf_tam.gathering import Gatherer
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.scalars import PackedScalars
 from hf_tam.sharding import LocalReducer, Reducer, Span
 from hf_tam.telemetry import Telemetry
 
@@ -51,8 +51,7 @@ class TorqueAware(Optimizer, ABC):
         self._logical = LogicalTensors()
         self._telemetry = Telemetry()
         self._just_loaded = False
-        self._packed: dict[tuple[int, torch.device], PackedScalars] = {}
-        self._whole_entries: dict[int, Entry] = {}
+        self._gatherer = Gatherer()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -157,11 +156,11 @@ class TorqueAware(Optimizer, ABC):
             checkpoint.share_scalars(self, reducer)
             self._just_loaded = False
         had_state = bool(self.state)
-        buckets = self._buckets(reducer)
+        buckets = self._gatherer.buckets(self, reducer)
         self._check_devices(buckets)
         self._telemetry.start(reducer)
         limit = self._max_grad_norm()
-        everything, buckets = buckets, self._step_by_windows(reducer, buckets, limit)
+        everything, buckets = buckets, self._take_whole_steps(reducer, buckets, limit)
         # Not by what this rank has gradients of: all must take as many reductions.
         if limit is not None and self.coupled and any(group["weight_decay"] for group in self.param_groups):
             self._reduce_clipped(reducer, buckets, limit)
@@ -179,6 +178,7 @@ class TorqueAware(Optimizer, ABC):
             self._angles(together)
         self._telemetry.record(reducer, everything)
         self._forget_initialisation(everything, had_state=had_state)
+        self._gatherer.forget_gradients()
 
     def _forget_initialisation(self, buckets: list[Bucket], *, had_state: bool) -> None:
         """Undo a step that was taken only to create state.
@@ -212,7 +212,7 @@ class TorqueAware(Optimizer, ABC):
             )
         return reducer
 
-    def _step_by_windows(self, reducer: Reducer, buckets: list[Bucket], limit: float | None) -> list[Bucket]:
+    def _take_whole_steps(self, reducer: Reducer, buckets: list[Bucket], limit: float | None) -> list[Bucket]:
         """Let backends step by themselves what depends on nothing else, and return the buckets that are left."""
         if (
             limit is not None
@@ -225,12 +225,12 @@ class TorqueAware(Optimizer, ABC):
             report = None
             if bucket.group["scope"] == "tensor":
                 skipped = self._telemetry.skipped_on(bucket.device)
-                step = self._window_step(bucket)
-                report = bucket.backend.step_by_windows(bucket.entries, bucket.matrix, step, skipped=skipped)
+                step = self._whole_step(bucket)
+                report = bucket.backend.whole_step(bucket.entries, bucket.matrix, step, skipped=skipped)
             if report is None:
                 left.append(bucket)
                 continue
-            bucket.set_report(**report._asdict())
+            bucket.set_report(report)
             if bucket.on_host:
                 self._telemetry.read_skipped()
         return left
@@ -304,79 +304,6 @@ class TorqueAware(Optimizer, ABC):
         scale = self._moment_scale(bucket)
         dot, momentum_sq, grad_sq = bucket.angle_sums()
         return torch.stack([dot * scale, momentum_sq * scale.square(), grad_sq]).sum(1)
-
-    def _buckets(self, reducer: Reducer) -> list[Bucket]:
-        index, buckets = 0, []
-        if not isinstance(reducer, LocalReducer):  # what was cut in the meantime must not be kept alive whole
-            self._whole_entries.clear()
-        for number, group in enumerate(self.param_groups):
-            per_device: defaultdict[torch.device, list[Entry]] = defaultdict(list)
-            for param in group["params"]:
-                grad = reducer.gradient(param)
-                if grad is not None:
-                    entries = self._whole_entry(index, param, grad, group)
-                    per_device[param.device] += entries or self._entries(index, param, grad, group, reducer)
-                index += 1
-            for device, entries in per_device.items():
-                on_host = device.type == "cpu" and not group["capturable"]
-                backend = select_backend(device, foreach=group["foreach"], fused=group["fused"], on_host=on_host)
-                packed = self._pack(number, device, entries)
-                buckets.append(Bucket.of(group, entries, packed=packed, backend=backend, on_host=on_host))
-        return buckets
-
-    def _pack(self, number: int, device: torch.device, entries: list[Entry]) -> PackedScalars:
-        """The scalar states of a bucket, packed anew where they are not those of its last step."""
-        states = list({id(entry.state): entry.state for entry in entries}.values())
-        packed = self._packed.get((number, device))
-        if packed is None or not packed.holds(states):
-            packed = self._packed[number, device] = PackedScalars(states, keys=self.scalar_states)
-        return packed
-
-    def _whole_entry(self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any]) -> list[Entry]:
-        """The entry of the last step, if the parameter and its state still are the same tensors; else none."""
-        entry = self._whole_entries.get(index)
-        if entry is None or grad.is_sparse or not entry.is_current(param, self.state.get(param), self.moments):
-            return []
-        entry.raw_grad = grad
-        entry.coupled_decay = group["weight_decay"] if self.coupled else 0.0
-        entry.maximize = group["maximize"]
-        return [entry]
-
-    def _entries(
-        self, index: int, param: Tensor, grad: Tensor, group: dict[str, Any], reducer: Reducer
-    ) -> list[Entry]:
-        """One entry, or one for each logical tensor in a flat buffer; creates the state."""
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
-            )
-        if param.device.type == "meta":
-            raise RuntimeError(
-                f"parameter {index} (shape {tuple(param.shape)}) is on the meta device and has no values to update; "
-                "materialise the model (module.to_empty, or load its weights) before training"
-            )
-        spans, state = reducer.spans(param), self.state[param]
-        if not state:
-            self._init_state(param, state, spans)
-        decay = group["weight_decay"] if self.coupled else 0.0
-        entry = Entry.of(
-            index,
-            param,
-            grad,
-            state,
-            local=reducer.local,
-            moments=self.moments,
-            decay=decay,
-            maximize=group["maximize"],
-        )
-        if spans is None:
-            if isinstance(reducer, LocalReducer):
-                self._whole_entries[index] = entry
-            return [entry]
-        buffers.load_vectors(
-            state, group, spans, defaults=checkpoint.foreign_scalars(self, group), device=param.device
-        )
-        return buffers.split(entry, spans)
 
     def _init_state(self, param: Tensor, state: dict[str, Any], spans: Sequence[Span] | None) -> None:
         # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.
@@ -460,7 +387,7 @@ class TorqueAware(Optimizer, ABC):
         """Take the step of one bucket, whose tensors have the cosines `cosine`, shape (n,)."""
 
     @abstractmethod
-    def _window_step(self, bucket: Bucket) -> AdamStep | SgdStep:
+    def _whole_step(self, bucket: Bucket) -> AdamStep | SgdStep:
         """The hyperparameters of the step of one bucket, for a backend that takes it whole."""
 
     @abstractmethod

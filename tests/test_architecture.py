@@ -26,9 +26,10 @@ ALLOWED = {
     "clipping": {"bucket"},
     "nonfinite": {"backends", "bucket", "telemetry"},
     "checkpoint": {"hyperparameters", "sharding", "torque_aware", "buffers"},
+    "gathering": {"backends", "scalars", "sharding", "bucket", "buffers", "checkpoint", "torque_aware"},
     "torque_aware": {
-        "update", "backends", "scalars", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters",
-        "logical", "clipping", "nonfinite",
+        "update", "backends", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters",
+        "gathering", "logical", "clipping", "nonfinite",
     },
     "optim": {"update", "backends", "bucket", "hyperparameters", "torque_aware"},
     "torque_log": {"torque_aware"},

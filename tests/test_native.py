@@ -16,6 +16,7 @@ import torch
 import hf_tam
 from hf_tam.backends import cpu, native, select_backend
 from hf_tam.backends.native import library
+from hf_tam.sharding import LocalReducer
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"the kernels are not there: {native.why_not()}")
 SHAPES = [(257, 129), (3, 5), (), (0,), (70_001,), (8192,), (1050, 1001), (16384, 16)]
@@ -146,7 +147,7 @@ def test_forked_child_steps_too(monkeypatch):
         assert torch.equal(torch.from_numpy(actual), wanted)
 
 
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
 def test_states_that_were_moved_are_found(key):
     """`.data` puts other memory under a tensor; what it had before may be given away, and must not be touched."""
     parameter = torch.nn.Parameter(torch.randn(300))
@@ -160,7 +161,7 @@ def test_states_that_were_moved_are_found(key):
     parameter.grad = torch.randn(300)
     optimizer.step()
     assert torch.equal(old, before)
-    assert not torch.equal(state, before)
+    assert not torch.equal(optimizer.state[parameter][key], before)
 
 
 def test_a_thousand_tensors_of_mixed_sizes_take_one_call(monkeypatch):
@@ -195,7 +196,8 @@ def test_sums_are_those_of_fp64(dtype, wanted, decay):
     for scale in (1.0, 1e-25, 1e25, 0.0):
         parameter.grad = (torch.randn(300_007) * scale).to(dtype)
         optimizer.step()
-        (entry,) = optimizer._whole_entries.values()
+        (bucket,) = optimizer._gatherer.buckets(optimizer, LocalReducer())
+        (entry,) = bucket.entries
         grad, first, param = (tensor.double() for tensor in (entry.raw_grad, entry.first, parameter.detach()))
         seen = grad + decay * param if wanted else grad
         expected = [(first * seen).sum(), first.square().sum(), seen.square().sum(), grad.square().sum()]

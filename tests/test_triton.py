@@ -45,7 +45,7 @@ def _interpreter():
 @pytest.fixture
 def only_triton(monkeypatch):
     """Optimizers run on the Triton kernels wherever their tensors are."""
-    monkeypatch.setattr("hf_tam.torque_aware.select_backend", lambda device, **_: backend)
+    monkeypatch.setattr("hf_tam.gathering.select_backend", lambda device, **_: backend)
 
 
 def moved(tensor):
@@ -270,13 +270,13 @@ def test_clips_as_clip_grad_norm(only_triton, name):
 
 
 @pytest.mark.parametrize(("options", "kernels"), [
-    ({}, ["sums_kernel", "adam_window_kernel"]),
+    ({}, ["sums_kernel", "adam_step_kernel"]),
     ({"max_grad_norm": 1.0}, ["sums_kernel", "combine_kernel", "update_kernel"]),
     ({"scope": "model"}, ["sums_kernel", "combine_kernel", "update_kernel"]),
     ({"nonfinite": "raise"}, ["sums_kernel", "combine_kernel", "update_kernel"]),
 ])  # fmt: skip
 def test_launches_of_a_step(only_triton, launches, options, kernels):
-    """Window by window where nothing global is needed, and only there."""
+    """Two where nothing global is needed, and only there."""
     parameters = [torch.nn.Parameter(moved(torch.ones(50))) for _ in range(3)]
     optimizer = hf_tam.AdaTAMW(parameters, **options)
     optimizer.param_groups[0]["capturable"] = True
@@ -286,10 +286,10 @@ def test_launches_of_a_step(only_triton, launches, options, kernels):
     assert launches == kernels
 
 
-# --- window by window ---------------------------------------------------------------------------------------------
+# --- the whole step -----------------------------------------------------------------------------------------------
 
 PLAIN_STEP = backend.AdamStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 0.9, 1e-8, None, False, True)
-WINDOW_SHAPES = ((9000,), (40, 5), (), (0,), (300,))
+STEP_SHAPES = ((9000,), (40, 5), (), (0,), (300,))
 
 
 @pytest.mark.parametrize(
@@ -303,10 +303,9 @@ WINDOW_SHAPES = ((9000,), (40, 5), (), (0,), (300,))
     ],
 )
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_windows_are_the_general_path(monkeypatch, name, options, tensor_lr):
-    """States, parameters and statistics after each step, with a NaN on the way; three windows."""
-    monkeypatch.setattr(launch, "window_bytes", lambda device: 4000)
-    parameters = [torch.nn.Parameter(moved(torch.randn(shape))) for shape in WINDOW_SHAPES]
+def test_whole_steps_are_the_general_path(name, options, tensor_lr):
+    """States, parameters and statistics after each step, with a NaN on the way."""
+    parameters = [torch.nn.Parameter(moved(torch.randn(shape))) for shape in STEP_SHAPES]
     single = {"foreach": False} if name == "TAM" else {"foreach": False, "fused": False}
     optimizer = getattr(hf_tam, name)(parameters, **options, **single)
     group = optimizer.param_groups[0]
@@ -330,8 +329,8 @@ def test_windows_are_the_general_path(monkeypatch, name, options, tensor_lr):
             for index, tensor in enumerate(ours)
         ]  # fmt: skip
         bound = backend.bind(entries)
-        assert [window.size for _, window in bound.table.windows] == [2, 3, 1]
-        report = _window_step(optimizer, bound, scalars, skipped, tensor_lr)
+        assert [chunks.size for chunks in bound.table.parts.values()] == [6]
+        report = _whole_step(optimizer, bound, scalars, skipped, tensor_lr)
         optimizer.step()
         stats = optimizer.torque_stats()
         torch.testing.assert_close(report.cosine.float(), stats["cosine"], rtol=0, atol=2e-6)
@@ -347,16 +346,15 @@ def test_windows_are_the_general_path(monkeypatch, name, options, tensor_lr):
         assert int(skipped) == int(stats["skipped"]) == (1 if step and group["nonfinite"] == "skip" else 0)
 
 
-def test_a_window_takes_two_launches(monkeypatch, launches):
-    monkeypatch.setattr(launch, "window_bytes", lambda device: 8 * 100)
+def test_a_whole_step_takes_two_launches(launches):
     entries = make_entries([torch.randn(size) for size in (50, 50, 500, 1)])
     scalars = torch.zeros(3, 4, device=DEVICE)
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    backend.adam_windows(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
-    assert launches == ["sums_kernel", "adam_window_kernel"] * 3
+    backend.whole_adam(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+    assert launches == ["sums_kernel", "adam_step_kernel"]
 
 
-def _window_step(optimizer, bound, scalars, skipped, tensor_lr):
+def _whole_step(optimizer, bound, scalars, skipped, tensor_lr):
     group = optimizer.param_groups[0]
     lr = torch.tensor(group["lr"], dtype=torch.float64, device=DEVICE) if tensor_lr else group["lr"]
     shared = {
@@ -365,12 +363,12 @@ def _window_step(optimizer, bound, scalars, skipped, tensor_lr):
         "skip_nonfinite": group["nonfinite"] == "skip",
     }  # fmt: skip
     if "momentum" in group:
-        return backend.sgd_windows(
+        return backend.whole_sgd(
             bound, scalars, backend.SgdStep(momentum=group["momentum"], **shared), skipped=skipped
         )
     decay = 0.0 if optimizer.coupled else group["weight_decay"]
     step = backend.AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **shared)
-    return backend.adam_windows(bound, scalars, step, skipped=skipped)
+    return backend.whole_adam(bound, scalars, step, skipped=skipped)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -449,14 +447,6 @@ def test_tables_are_kept_until_something_moves():
         assert backend.bind(entries).table is not before
 
 
-def test_windows_hold_whole_tensors():
-    entries = make_entries([torch.randn(size) for size in (100, 100, 30_000, 100, 100, 100)])
-    grads = [entry.raw_grad for entry in entries]
-    windows = table.Table(entries, grads, window_bytes=2 * 4 * 200).windows
-    assert [size for _, (_, size) in windows] == [2, 4, 2, 1]
-    assert len(table.Table(entries, grads, window_bytes=math.inf).windows) == 1
-
-
 def test_nothing_is_read_by_the_host(only_triton):
     """The host dispatches no read; where the interpreter runs, that is all that can be seen."""
     parameters = [torch.nn.Parameter(moved(torch.randn(9)))]
@@ -501,13 +491,13 @@ from hf_tam.backends.triton import chunks, sums_kernels, update_kernels, window_
 POINTERS = {"owners": "*i32", "scalars": "*fp32", "before": "*fp32", "skipped": "*i64", "keep": "*i1",
             "tensors": "*i64", "grads": "*i64"}
 base = {"ALIGNED": True, "COUPLED": False, "MAXIMIZE": False}
-window = {"LITERAL": False, "SKIP": True, "lr_pointer": None}
+whole = {"LITERAL": False, "SKIP": True, "lr_pointer": None}
 for dtype in (tl.float32, tl.bfloat16):
     for kernel, block, streams, options in (
         (sums_kernels.sums_kernel, chunks.SUMS_BLOCK, 2, {"NUM_SCALARS": 3}),
         (update_kernels.update_kernel, chunks.UPDATE_BLOCK, 4, {"ADAM": True}),
-        (window_kernels.adam_window_kernel, chunks.UPDATE_BLOCK, 4, window),
-        (window_kernels.sgd_window_kernel, chunks.UPDATE_BLOCK, 3, window),
+        (window_kernels.adam_step_kernel, chunks.UPDATE_BLOCK, 4, whole),
+        (window_kernels.sgd_step_kernel, chunks.UPDATE_BLOCK, 3, whole),
     ):
         constants = {"DTYPE": dtype, "GRAD_DTYPE": dtype, "BLOCK": block, **base, **options}
         signature = {
@@ -616,20 +606,18 @@ def test_graph_replays_as_eager_steps(moved_in_capture):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-def test_a_window_takes_two_launches_on_the_device(monkeypatch):
-    monkeypatch.setattr(launch, "window_bytes", lambda device: 8 * 1000)
+def test_a_whole_step_takes_two_launches_on_the_device():
     entries = make_entries([torch.randn(size) for size in (1000, 1000, 5000)])
     scalars = torch.zeros(3, 3, device="cuda")
     skipped = torch.zeros((), dtype=torch.int64, device="cuda")
-    backend.adam_windows(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+    backend.whole_adam(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        backend.adam_windows(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+        backend.whole_adam(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if "kernel" in event.name]
-    assert sum("sums_kernel" in name for name in names) == 3
-    assert sum("adam_window_kernel" in name for name in names) == 3
-    assert len(names) == 6, names
+    assert ["sums_kernel" in names[0], "adam_step_kernel" in names[1]] == [True, True]
+    assert len(names) == 2, names
 
 
 @pytest.mark.gpu

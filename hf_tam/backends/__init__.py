@@ -6,7 +6,7 @@
 | `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators without Triton |
 | `native` | one call | one call, or with the sums | `fused=True`, and by default on the CPU with a C compiler |
 | `cpu` | chunks that stay in cache | torch's vectorised fused kernels | the same, where there is no C compiler |
-| `triton` | one launch | one launch, or two a window | `fused=True`, and by default on CUDA, ROCm and XPU |
+| `triton` | one launch | one launch, also of the whole step | `fused=True`, by default on CUDA, ROCm and XPU |
 
 A backend is a module with the functions of the `Backend` protocol. Nothing here communicates.
 """
@@ -21,11 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_tam.backends.entry import Entry, StepScalars
-from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
+from hf_tam.backends.entry import Entry, EntryList, StepScalars
+from hf_tam.backends.whole import AdamStep, SgdStep, StepReport
 from hf_tam.update import Scalar, accumulator_dtype
 
-__all__ = ["NUM_SUMS", "Backend", "Entry", "Scalar", "StepScalars", "select_backend"]
+__all__ = ["NUM_SUMS", "Backend", "Entry", "EntryList", "Scalar", "StepScalars", "select_backend"]
 
 NUM_SUMS = 4
 """Columns of the partial sums: <m, g>, |m|^2, |g|^2 and the raw |g|^2."""
@@ -47,9 +47,9 @@ class Backend(Protocol):
     def sgd(self, entries: Sequence[Entry], scalars: StepScalars) -> None:
         """`update.sgd_step` for every entry."""
 
-    def step_by_windows(
+    def whole_step(
         self, entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
-    ) -> WindowReport | None:
+    ) -> StepReport | None:
         """Take the whole step where no tensor waits for another: sums, angles and update, tensor by tensor.
 
         Args:

@@ -21,10 +21,10 @@ from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
 from hf_tam.backends.entry import Entry, Layout, StepScalars
-from hf_tam.backends.windows import not_by_windows as step_by_windows
+from hf_tam.backends.whole import no_whole_step as whole_step
 from hf_tam.update import accumulator_dtype
 
-__all__ = ["adam", "fits_kernel", "is_dense", "layout_of", "partial_sums", "sgd", "step_by_windows"]
+__all__ = ["adam", "fits_kernel", "is_dense", "layout_of", "partial_sums", "sgd", "whole_step"]
 
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,23 +99,6 @@ class Entry:
             maximize=maximize,
         )
 
-    def is_current(self, owner: Tensor, state: dict[str, Any] | None, moments: Sequence[str]) -> bool:
-        """Whether the parameter and its moments still are the tensors that this entry was made of.
-
-        Only for an entry whose parameter is a whole tensor; of a complex one, which has another view, never.
-        """
-        param = self.param
-        return (
-            self.owner is owner
-            and state is self.state
-            and owner.data_ptr() == param.data_ptr()
-            and owner.dtype is param.dtype
-            and owner.shape == param.shape
-            and owner.stride() == param.stride()
-            and state.get(moments[0]) is self.first
-            and (self.second is None or state.get(moments[1]) is self.second)
-        )
-
     def part(self, index: int, start: int, length: int) -> Entry:
         """The entry of one logical tensor inside this flat buffer."""
 
@@ -143,7 +127,22 @@ class Entry:
         return grad.add(self.param, alpha=self.coupled_decay) if self.coupled_decay else grad
 
 
-@dataclass(slots=True)
+class EntryList(list[Entry]):
+    """Entries that stay as they are from step to step, but for their gradients.
+
+    Attributes:
+        kept: What backends have worked out from all but the gradients, each under its name.
+    """
+
+    __slots__ = ("kept",)
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        """Hold `entries`."""
+        super().__init__(entries)
+        self.kept: dict[str, Any] = {}
+
+
+@dataclass
 class StepScalars:
     """The numbers of one step, one entry a tensor for every name, as the backends want them.
 
@@ -151,39 +150,45 @@ class StepScalars:
         coefficients: 1-D tensors of the length of the entries, on their device.
         mask: None where every tensor is updated; otherwise bool, shape (n,), False where the step is skipped and the
             coefficients are those of a step that changes nothing (on the host such tensors are left out instead).
-        columns: For each coefficient its values: Python floats on the host, 0-d tensors on an accelerator.
-        keep: `mask`, as 0-d tensors.
         clip: The factor on every gradient by which the global norm is clipped: a Python float on the host, a 0-d
             tensor on an accelerator; None where nothing is clipped. The gradients may be left scaled by it.
+        is_on_host: Whether all are on the host, where they may be read.
     """
 
     coefficients: AdamCoefficients | SgdCoefficients
     mask: Tensor | None
-    columns: dict[str, Sequence[Scalar]]
-    keep: Sequence[Tensor] | None = None
     clip: Scalar | None = None
+    is_on_host: bool = False
 
     @classmethod
     def on_host(cls, coefficients: AdamCoefficients | SgdCoefficients, *, clip: Tensor | None) -> StepScalars:
-        """Python floats. Only for tensors on the CPU: elsewhere this would wait for the device."""
-        values: list[list[float]] = torch.stack(list(coefficients)).tolist()
+        """Numbers that may be read: only for tensors on the CPU, elsewhere this would wait for the device."""
         factor = 1.0 if clip is None else float(clip)
-        columns: dict[str, Sequence[Scalar]] = dict(zip(coefficients._fields, values, strict=True))
-        return cls(coefficients, None, columns, clip=None if factor == 1.0 else factor)
+        return cls(coefficients, None, None if factor == 1.0 else factor, is_on_host=True)
 
     @classmethod
     def on_device(
         cls, coefficients: AdamCoefficients | SgdCoefficients, keep: Tensor | None, *, clip: Tensor | None
     ) -> StepScalars:
-        """0-d tensors, unread."""
-        columns = {name: column.unbind() for name, column in coefficients._asdict().items()}
-        return cls(coefficients, keep, columns, None if keep is None else keep.unbind(), clip)
+        """Numbers that nobody reads."""
+        return cls(coefficients, keep, clip)
+
+    @cached_property
+    def columns(self) -> dict[str, Sequence[Scalar]]:
+        """For each coefficient its values: Python floats on the host, 0-d tensors on an accelerator."""
+        if self.is_on_host:
+            return dict(zip(self.coefficients._fields, torch.stack(list(self.coefficients)).tolist(), strict=True))
+        return {name: column.unbind() for name, column in self.coefficients._asdict().items()}
+
+    @cached_property
+    def keep(self) -> Sequence[Tensor] | None:
+        """`mask`, as 0-d tensors."""
+        return None if self.mask is None else self.mask.unbind()
 
     def only(self, position: int) -> StepScalars:
         """Those of one tensor, on the host."""
         coefficients = type(self.coefficients)(*(column[position : position + 1] for column in self.coefficients))
-        columns: dict[str, Sequence[Scalar]] = {name: [column[position]] for name, column in self.columns.items()}
-        return StepScalars(coefficients, None, columns, clip=self.clip)
+        return StepScalars(coefficients, None, self.clip, is_on_host=True)
 
     def row(self, position: int) -> dict[str, Scalar]:
         """The numbers of one tensor, by name."""

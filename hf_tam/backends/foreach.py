@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.single import partial_sums
-from hf_tam.backends.windows import not_by_windows as step_by_windows
+from hf_tam.backends.whole import no_whole_step as whole_step
 
-__all__ = ["adam", "partial_sums", "sgd", "step_by_windows"]
+__all__ = ["adam", "partial_sums", "sgd", "whole_step"]
 
 _TEMPORARY = 1 << 24
 """Elements handled together: at most 64 MiB for each fp32 temporary, unless one tensor alone is larger."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.backends.entry import Entry, StepScalars
-from hf_tam.backends.windows import not_by_windows as step_by_windows
+from hf_tam.backends.whole import no_whole_step as whole_step
 from hf_tam.update import Scalar
 
-__all__ = ["adam", "adam_tensor", "partial_sums", "sgd", "sgd_tensor", "step_by_windows"]
+__all__ = ["adam", "adam_tensor", "partial_sums", "sgd", "sgd_tensor", "whole_step"]
 
 
 def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:

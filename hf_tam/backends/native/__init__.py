@@ -10,8 +10,9 @@ layout, go to the `cpu` backend.
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import cast
 
@@ -20,13 +21,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hf_tam.backends import cpu
-from hf_tam.backends.entry import Entry, StepScalars
+from hf_tam.backends.entry import Entry, EntryList, StepScalars
 from hf_tam.backends.native.library import load, why_not
-from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
+from hf_tam.backends.whole import AdamStep, SgdStep, StepReport
 
-__all__ = ["adam", "is_available", "partial_sums", "sgd", "step_by_windows", "why_not"]
+__all__ = ["adam", "is_available", "partial_sums", "sgd", "whole_step", "why_not"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FIELDS = 9
 
 
 def is_available() -> bool:
@@ -36,7 +38,7 @@ def is_available() -> bool:
 
 def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
     """See `Backend.partial_sums`."""
-    table = _Table(entries, with_dot)
+    table = _table(entries, with_dot)
     rows = torch.empty(len(table.inside), 4, dtype=torch.float64)
     table.call("hf_tam_sums", rows.data_ptr())
     if not table.outside:
@@ -58,11 +60,11 @@ def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
     _update("hf_tam_sgd", cpu.sgd, entries, scalars)
 
 
-def step_by_windows(
+def whole_step(
     entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
-) -> WindowReport | None:
-    """See `Backend.step_by_windows`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
-    table = _Table(entries, repeat(True))
+) -> StepReport | None:
+    """See `Backend.whole_step`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
+    table = _table(entries)
     if table.outside or step.torque_steps is not None:
         return None
     settings = [float(step.lr), step.gamma, step.damping_eps, step.literal, step.skip_nonfinite]
@@ -74,9 +76,11 @@ def step_by_windows(
     table.call("hf_tam_step", numbers.buffer_info()[0], scalars.data_ptr(), reports.data_ptr())
     increment_version([entry.param for entry in entries])
     sums, cosine, damping = reports[:, :4], reports[:, 4], reports[:, 5]
-    if step.skip_nonfinite:
-        skipped.add_((~sums[:, 3].isfinite()).sum())
-    return WindowReport(cosine, damping, sums)
+    keep = None
+    if step.skip_nonfinite and not math.isfinite(float(sums[:, 3].sum())):
+        keep = sums[:, 3].isfinite()
+        skipped.add_((~keep).sum())
+    return StepReport(cosine, damping, sums, keep)
 
 
 def _update(
@@ -85,7 +89,7 @@ def _update(
     entries: Sequence[Entry],
     scalars: StepScalars,
 ) -> None:
-    table = _Table(entries, repeat(True))
+    table = _table(entries)
     rows = torch.stack(list(scalars.coefficients), dim=1).double()
     if table.outside:
         rows = rows[table.inside]
@@ -93,6 +97,14 @@ def _update(
     increment_version([entries[at].param for at in table.inside])
     for at in table.outside:
         otherwise([entries[at]], scalars.only(at))
+
+
+def _table(entries: Sequence[Entry], with_dot: Sequence[bool] | None = None) -> _Table:
+    """The table of `entries`, pointing at their gradients; kept where the entries are."""
+    kept = entries.kept if isinstance(entries, EntryList) else {}
+    table: _Table = kept.get("native") or kept.setdefault("native", _Table(entries))
+    table.point_at([entry.raw_grad for entry in entries], with_dot)
+    return table
 
 
 class _Table:
@@ -103,23 +115,53 @@ class _Table:
         outside: Those of the others.
     """
 
-    def __init__(self, entries: Sequence[Entry], with_dot: Iterable[bool]) -> None:
-        """Look at the entries."""
-        self.inside: list[int] = []
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        """Look at all but the gradients."""
+        self.inside: Sequence[int] = ()
         self.outside: list[int] = []
-        self._rows = array("q")  # `tensor` in kernels.c, 64 bits each
-        decays = array("d")
-        for at, (entry, wanted) in enumerate(zip(entries, with_dot, strict=False)):
-            param, grad = entry.param, entry.raw_grad
-            if not cpu.fits_kernel(entry, grad, dtypes=_DTYPES) or type(grad) is not Tensor or grad.is_neg():
-                self.outside.append(at)
-                continue
+        self._dtypes = [entry.param.dtype for entry in entries]
+        self._strides = [entry.param.stride() for entry in entries]
+        self._fits = [cpu.layout_of(entry).is_uniform and entry.param.dtype in _DTYPES for entry in entries]
+        self._all_rows = array("q")  # `tensor` in kernels.c, 64 bits each
+        for entry in entries:
             address, first, second = cpu.layout_of(entry).addresses
-            self.inside.append(at)
-            decays.append(entry.coupled_decay)
-            numbers = (param.numel(), _DTYPES[param.dtype], wanted, entry.maximize)
-            self._rows.extend((*numbers, address, grad.data_ptr(), first, second, 0))
-        self._rows[8::9] = array("q", decays.tobytes())  # the bits of the doubles
+            dtype = _DTYPES.get(entry.param.dtype, 0)
+            decay = array("q", array("d", [entry.coupled_decay]).tobytes())[0]  # the bits of the double
+            self._all_rows.extend((entry.param.numel(), dtype, True, entry.maximize, address, 0, first, second, decay))
+        self._rows = self._all_rows
+
+    def point_at(self, grads: Sequence[Tensor], with_dot: Sequence[bool] | None) -> None:
+        """Find out which gradients the kernels can walk, and where they are.
+
+        Args:
+            grads: One for each entry.
+            with_dot: Whether its product with the moment is wanted; None: all are.
+        """
+        if self._fit_all(grads):
+            self.inside, self.outside, self._rows = range(len(grads)), [], self._all_rows
+        else:
+            self.inside = [at for at, grad in enumerate(grads) if self._fits[at] and self._is_walkable(at, grad)]
+            self.outside = sorted(set(range(len(grads))) - set(self.inside))
+            self._rows = array("q")
+            for at in self.inside:
+                self._rows.extend(self._all_rows[_FIELDS * at : _FIELDS * (at + 1)])
+            grads = [grads[at] for at in self.inside]
+        wanted = repeat(True, len(grads)) if with_dot is None else (with_dot[at] for at in self.inside)
+        self._rows[2::_FIELDS] = array("q", wanted)
+        self._rows[5::_FIELDS] = array("q", map(Tensor.data_ptr, grads))
+
+    def _fit_all(self, grads: Sequence[Tensor]) -> bool:
+        return (
+            all(self._fits)
+            and all(type(grad) is Tensor for grad in grads)
+            and [grad.dtype for grad in grads] == self._dtypes
+            and list(map(Tensor.stride, grads)) == self._strides
+            and not any(map(Tensor.is_neg, grads))
+        )
+
+    def _is_walkable(self, at: int, grad: Tensor) -> bool:
+        is_alike = grad.dtype == self._dtypes[at] and grad.stride() == self._strides[at]
+        return type(grad) is Tensor and is_alike and not grad.is_neg()
 
     def call(self, name: str, *arguments: float) -> None:
         """Call a function of kernels.c, without the GIL."""

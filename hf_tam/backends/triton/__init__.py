@@ -1,7 +1,9 @@
 """The Triton backend: two or three launches a step for any number of tensors, with nothing read by the host.
 
 `partial_sums` and `adam` or `sgd` are the general path, whatever happens to the sums in between. Where nothing does,
-`adam_windows` and `sgd_windows` step window by window, each of which is still in the L2 cache when it is updated.
+`whole_adam` and `whole_sgd` take the step in two launches. To launch tensors in stretches that stay in the L2 cache
+between the two was measured on an H100 (recipes/results/gpu-windows.txt) and was slower in every case: the ends of the
+launches cost more than the cache gives.
 
 Kernels walk raw pointers. Tensors that do not share one dense layout and dtype go to `single`; a gradient in another
 memory order than its parameter is copied. fp16 and bf16 are computed in fp32 and rounded once.
@@ -22,13 +24,20 @@ from hf_tam.backends.entry import Entry, StepScalars
 from hf_tam.backends.triton.chunks import UPDATE_BLOCK
 from hf_tam.backends.triton.launch import Bound, bind, combine, compiled_for, new_partials, on, sum_chunks
 from hf_tam.backends.triton.update_kernels import update_kernel
-from hf_tam.backends.triton.windows import adam_windows, sgd_windows
-from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
+from hf_tam.backends.triton.whole import whole_adam, whole_sgd
+from hf_tam.backends.whole import AdamStep, SgdStep, StepReport
 from hf_tam.update import AdamCoefficients, Scalar, SgdCoefficients
 
 __all__ = [
-    "Bound", "adam", "adam_windows", "bind", "partial_sums", "sgd", "sgd_windows", "step_by_windows",
+    "Bound",
+    "adam",
+    "bind",
+    "partial_sums",
+    "sgd",
     "update",
+    "whole_adam",
+    "whole_sgd",
+    "whole_step",
 ]  # fmt: skip
 
 
@@ -51,16 +60,16 @@ def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tenso
     return sums
 
 
-def step_by_windows(
+def whole_step(
     entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
-) -> WindowReport | None:
-    """See `Backend.step_by_windows`."""
+) -> StepReport | None:
+    """See `Backend.whole_step`."""
     bound = bind(entries)
     if bound.table.outside:
         return None
     if isinstance(step, AdamStep):
-        return adam_windows(bound, scalars, step, skipped=skipped)
-    return sgd_windows(bound, scalars, step, skipped=skipped)
+        return whole_adam(bound, scalars, step, skipped=skipped)
+    return whole_sgd(bound, scalars, step, skipped=skipped)
 
 
 def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:

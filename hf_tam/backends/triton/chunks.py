@@ -28,7 +28,7 @@ SPAN = 8192
 """Elements summed in fp32: 4 in each of `SUMS_BLOCK` lanes, then a tree of 11 levels, so off by at most 15 * 2^-24
 (9e-7) of the sum of the terms' absolute values. What is beyond is added in fp64. A chunk is a multiple of it."""
 MAX_CHUNKS = 512
-"""Chunks of one tensor at most: every program of `window_kernels` adds up all of its tensor's partial sums."""
+"""Chunks of one tensor at most: every program of `step_kernels` adds up all of its tensor's partial sums."""
 FIELDS = 7
 """Columns of `tensors`."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_tam.backends.entry import Entry
+from hf_tam.backends.entry import Entry, EntryList
 from hf_tam.backends.triton.chunks import NUM_WARPS, SUMS_BLOCK
 from hf_tam.backends.triton.sums_kernels import combine_kernel, sums_kernel
 from hf_tam.backends.triton.table import Chunks, Kind, Table, aligned_grad
@@ -22,17 +21,6 @@ _TYPES = {
 }  # fmt: skip
 _TABLES: Any = WeakIdKeyDictionary()
 """For each parameter that comes first in a bucket: the bucket's tables, the current ones last."""
-
-
-def window_bytes(device: torch.device) -> float:
-    """Half of the L2 cache; the other half is for the parameters and second moments that stream by.
-
-    CUDA: `L2_cache_size` of torch.cuda.get_device_properties. On AMD this is the cache of one die, a few MB, and the
-    large one behind it is not reported; elsewhere nothing is. There one window holds everything.
-    """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return math.inf
-    return torch.cuda.get_device_properties(device).L2_cache_size / 2
 
 
 class Bound(NamedTuple):
@@ -51,14 +39,23 @@ class Bound(NamedTuple):
 
 def bind(entries: Sequence[Entry]) -> Bound:
     """Find or build the tables of these entries, all on one device, and point them at the gradients."""
+    kept = entries.kept if isinstance(entries, EntryList) else {}
+    table: Table | None = kept.get("triton")
+    if table is not None:
+        grads = [entry.raw_grad for entry in entries]
+        addresses = list(map(Tensor.data_ptr, grads))
+        if table.takes(grads, addresses):
+            table.refresh(addresses)
+            return Bound(entries, table, grads)
     grads = [aligned_grad(entry) for entry in entries]
     tables = _TABLES.setdefault(entries[0].owner, [])
     if tables and tables[-1].fits(entries, grads):
-        tables[-1].refresh(grads)
+        tables[-1].refresh([grad.data_ptr() for grad in grads])
     else:
         # A graph that was captured with other tables may still be replayed.
         tables[:] = [table for table in tables if table.is_captured]
-        tables.append(Table(entries, grads, window_bytes=window_bytes(entries[0].param.device)))
+        tables.append(Table(entries, grads))
+    kept["triton"] = tables[-1]
     return Bound(entries, tables[-1], grads)
 
 

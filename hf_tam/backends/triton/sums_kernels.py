@@ -80,7 +80,7 @@ def sums_kernel(
 
     Spans whose fp32 products overflowed, vanished or are not finite are taken again in fp64.
 
-    The first NUM_SCALARS rows of the scalar states are copied to `before` on the way, so that `window_kernels` may
+    The first NUM_SCALARS rows of the scalar states are copied to `before` on the way, so that `step_kernels` may
     write the new ones in place while its other programs still need the old.
     """
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32

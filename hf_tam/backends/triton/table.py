@@ -10,7 +10,7 @@ freed while the optimizer lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,17 +61,15 @@ class Table:
         owners: For each chunk the position of its entry, int32.
         grads: The address of each gradient, int64.
         parts: The chunks of each kind.
-        windows: The same in stretches whose first moments and gradients are at most `window_bytes`.
         outside: Positions of the entries that the kernels cannot walk; they have no chunk.
     """
 
-    def __init__(self, entries: Sequence[Entry], grads: Sequence[Tensor], *, window_bytes: float) -> None:
+    def __init__(self, entries: Sequence[Entry], grads: Sequence[Tensor]) -> None:
         """Build the tables.
 
         Args:
             entries: What to walk, all on one device.
             grads: Their gradients, as `aligned_grad` gives them.
-            window_bytes: Most bytes of first moments and gradients in a window; a larger tensor has its own.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, which needs tables that are there already.
@@ -84,25 +82,24 @@ class Table:
             )
         rows, owners = [[0] * FIELDS for _ in entries], list[int]()
         self.parts: dict[Kind, Chunks] = {}
-        self.windows: list[tuple[Kind, Chunks]] = []
         self.outside = [at for at, entry in enumerate(entries) if not _is_walkable(entry, grads[at])]
         for kind, positions in _by_kind(entries, grads, set(self.outside)).items():
             begin = len(owners)
-            for window in _windows(entries, grads, positions, window_bytes):
-                first = len(owners)
-                for position in window:
-                    rows[position] = _row(entries[position], first_chunk=len(owners))
-                    owners += [position] * num_chunks(entries[position].param.numel())
-                self.windows.append((kind, Chunks(first, len(owners) - first)))
+            for position in positions:
+                rows[position] = _row(entries[position], first_chunk=len(owners))
+                owners += [position] * num_chunks(entries[position].param.numel())
             self.parts[kind] = Chunks(begin, len(owners) - begin)
         self.tensors = self._send(torch.tensor(rows, dtype=torch.int64))
         self.owners = self._send(torch.tensor(owners, dtype=torch.int32))
         self._layout = _layout(entries, grads)
+        self._grad_dtypes = [grad.dtype for grad in grads]
+        self._grad_strides = [grad.stride() for grad in grads]
+        self._grad_offsets = [grad.data_ptr() % _VECTOR for grad in grads]
         self._addresses: list[int] = []
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
         self.grads = self.owners  # replaced at once
-        self.refresh(grads)
+        self.refresh([grad.data_ptr() for grad in grads])
 
     @property
     def is_captured(self) -> bool:
@@ -113,13 +110,23 @@ class Table:
         """Whether the tables are those of `entries`, wherever the gradients have gone."""
         return self._layout == _layout(entries, grads)
 
-    def refresh(self, grads: Sequence[Tensor]) -> None:
-        """Point at these gradients.
+    def takes(self, grads: Sequence[Tensor], addresses: Sequence[int]) -> bool:
+        """Whether these gradients of the same entries, at `addresses`, differ from the last ones by no more."""
+        return (
+            all(type(grad) is Tensor for grad in grads)
+            and [grad.dtype for grad in grads] == self._grad_dtypes
+            and list(map(Tensor.stride, grads)) == self._grad_strides
+            and not any(map(Tensor.is_neg, grads))
+            and (addresses == self._addresses or [at % _VECTOR for at in addresses] == self._grad_offsets)
+        )
+
+    def refresh(self, addresses: list[int]) -> None:
+        """Point at the gradients there.
 
         Raises:
             RuntimeError: They have moved since the last capture of a CUDA graph, and this is another one.
         """
-        addresses, capturing = [grad.data_ptr() for grad in grads], is_capturing(self._device)
+        capturing = is_capturing(self._device)
         if addresses != self._addresses:
             # Always a new column: a graph, or a kernel that has not run yet, may be reading the old one.
             self.grads = self._captured_column(addresses) if capturing else self._column(addresses)
@@ -204,17 +211,3 @@ def _by_kind(entries: Sequence[Entry], grads: Sequence[Tensor], outside: set[int
             kind = Kind(entry.param.dtype, grad.dtype, aligned, float(entry.coupled_decay), entry.maximize)
             kinds.setdefault(kind, []).append(position)
     return kinds
-
-
-def _windows(
-    entries: Sequence[Entry], grads: Sequence[Tensor], positions: Sequence[int], window_bytes: float
-) -> Iterator[list[int]]:
-    window, size = list[int](), 0
-    for position in positions:
-        added = entries[position].first.nbytes + grads[position].nbytes
-        if window and size + added > window_bytes:
-            yield window
-            window, size = [], 0
-        window.append(position)
-        size += added
-    yield window

@@ -1,16 +1,21 @@
 """From the partial sums of whole tensors to the end of their step in one launch: angle, coefficients, update.
 
 For steps in which nothing is shared between tensors. Every program works out its tensor's coefficients by itself, from
-the same numbers, so that nothing has to happen between the sums of a window and its update, which then finds moments
-and gradients still in the L2 cache. The formulas are those of `hf_tam.update`, in fp64.
+the same numbers, so that nothing has to happen between the sums and the update. The formulas are those of
+`hf_tam.update`, in fp64.
 """
 
 import triton
 import triton.language as tl
 
 from hf_tam.backends.triton.chunks import locate
-from hf_tam.backends.triton.sums_kernels import store_sums, tensor_sums
+from hf_tam.backends.triton.sums_kernels import tensor_sums
 from hf_tam.backends.triton.update_kernels import update_chunk
+
+REPORTS = 6
+"""Columns of `reports`: the four sums, the cosine, the damping."""
+
+_REPORTS = tl.constexpr(REPORTS)
 
 
 @triton.jit
@@ -38,17 +43,21 @@ def _advance(cosine, torque, step, gamma, damping_eps, torque_steps, LITERAL: tl
 
 
 @triton.jit
-def _report(totals, tensor, cosine, damping, kept, sums, cosines, dampings, skipped):
-    store_sums(sums, tensor, totals)
-    tl.store(cosines + tensor, cosine)
-    tl.store(dampings + tensor, damping)
-    if not kept:
-        tl.atomic_add(skipped, 1)
+def _report(totals, tensor, cosine, damping, kept, reports, keeps, skipped, SKIP: tl.constexpr):
+    own = reports + tensor * _REPORTS
+    for column in tl.static_range(4):
+        tl.store(own + column, totals[column])
+    tl.store(own + 4, cosine)
+    tl.store(own + 5, damping)
+    if SKIP:
+        tl.store(keeps + tensor, kept.to(tl.uint8))
+        if not kept:
+            tl.atomic_add(skipped, 1)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
-def adam_window_kernel(
-    tensors, grads, owners, partials, scalars, before, sums, cosines, dampings, skipped, lr_pointer,
+def adam_step_kernel(
+    tensors, grads, owners, partials, scalars, before, reports, keeps, skipped, lr_pointer,
     first_chunk: tl.int64, num_tensors: tl.int64, lr: tl.float64, weight_decay: tl.float64,
     gamma: tl.float64, damping_eps: tl.float64, torque_steps: tl.float64, beta1: tl.float64, log_beta1: tl.float64,
     beta2: tl.float64, log_beta2: tl.float64, eps: tl.float64, coupled_decay: tl.float64,
@@ -85,7 +94,7 @@ def adam_window_kernel(
     if SKIP:
         kept = tl.abs(totals[3]) < float("inf")
     if start == 0:
-        _report(totals, tensor, cosine, damping, kept, sums, cosines, dampings, skipped)
+        _report(totals, tensor, cosine, damping, kept, reports, keeps, skipped, SKIP)
         own = scalars + tensor
         tl.store(own, step.to(tl.float32), mask=kept)
         tl.store(own + num_tensors, scale.to(tl.float32), mask=kept)
@@ -105,14 +114,14 @@ def adam_window_kernel(
 
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
-def sgd_window_kernel(
-    tensors, grads, owners, partials, scalars, before, sums, cosines, dampings, skipped, lr_pointer,
+def sgd_step_kernel(
+    tensors, grads, owners, partials, scalars, before, reports, keeps, skipped, lr_pointer,
     first_chunk: tl.int64, num_tensors: tl.int64, lr: tl.float64,
     gamma: tl.float64, damping_eps: tl.float64, torque_steps: tl.float64, momentum: tl.float64,
     coupled_decay: tl.float64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, LITERAL: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The momentum step, see `adam_window_kernel`. Rows of the scalar states: step, torque."""
+    """The momentum step, see `adam_step_kernel`. Rows of the scalar states: step, torque."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
     tensor, row, start, length = locate(tensors, owners, chunk)
@@ -129,7 +138,7 @@ def sgd_window_kernel(
     if SKIP:
         kept = tl.abs(totals[3]) < float("inf")
     if start == 0:
-        _report(totals, tensor, cosine, damping, kept, sums, cosines, dampings, skipped)
+        _report(totals, tensor, cosine, damping, kept, reports, keeps, skipped, SKIP)
         own = scalars + tensor
         tl.store(own, (step + 1.0).to(tl.float32), mask=kept)
         tl.store(own + num_tensors, torque.to(tl.float32), mask=kept)

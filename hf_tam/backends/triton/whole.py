@@ -1,4 +1,4 @@
-"""The whole step of a bucket, window by window: two launches for each, and nothing else; see `backends.windows`."""
+"""The whole step of a bucket in two launches, and nothing else; see `backends.whole`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch.autograd.graph import increment_version
 
 from hf_tam.backends.triton.chunks import UPDATE_BLOCK
 from hf_tam.backends.triton.launch import Bound, compiled_for, new_partials, on, sum_chunks
-from hf_tam.backends.triton.window_kernels import adam_window_kernel, sgd_window_kernel
-from hf_tam.backends.windows import AdamStep, SgdStep, WindowReport
+from hf_tam.backends.triton.step_kernels import REPORTS, adam_step_kernel, sgd_step_kernel
+from hf_tam.backends.whole import AdamStep, SgdStep, StepReport
 
 
-def adam_windows(bound: Bound, scalars: Tensor, step: AdamStep, *, skipped: Tensor) -> WindowReport:
+def whole_adam(bound: Bound, scalars: Tensor, step: AdamStep, *, skipped: Tensor) -> StepReport:
     """Take the adaptive step of every entry: changes parameters, moments and scalar states in place.
 
-    A window is a run of tensors whose first moments and gradients fill at most half of the L2 cache, or one larger
-    tensor. No communication, and nothing is read by the host.
+    Two launches for each kind of tensors: the sums, then the rest. No communication, and nothing is read by the host.
 
     Args:
         bound: What `bind` made of the bucket's n entries; none of them may be `outside`.
@@ -32,12 +31,12 @@ def adam_windows(bound: Bound, scalars: Tensor, step: AdamStep, *, skipped: Tens
         "beta1": beta1, "log_beta1": _log(beta1), "beta2": beta2, "log_beta2": _log(beta2), "eps": step.eps,
         "weight_decay": step.weight_decay,
     }  # fmt: skip
-    return _run(adam_window_kernel, bound, scalars, step, numbers, skipped)
+    return _run(adam_step_kernel, bound, scalars, step, numbers, skipped)
 
 
-def sgd_windows(bound: Bound, scalars: Tensor, step: SgdStep, *, skipped: Tensor) -> WindowReport:
-    """Take the momentum step of every entry; as `adam_windows`, with the rows step and torque, shape (2, n)."""
-    return _run(sgd_window_kernel, bound, scalars, step, {"momentum": step.momentum}, skipped)
+def whole_sgd(bound: Bound, scalars: Tensor, step: SgdStep, *, skipped: Tensor) -> StepReport:
+    """Take the momentum step of every entry; as `whole_adam`, with the rows step and torque, shape (2, n)."""
+    return _run(sgd_step_kernel, bound, scalars, step, {"momentum": step.momentum}, skipped)
 
 
 def _log(beta: float) -> float:
@@ -47,12 +46,11 @@ def _log(beta: float) -> float:
 
 def _run(
     kernel: Any, bound: Bound, scalars: Tensor, step: AdamStep | SgdStep, numbers: dict[str, float], skipped: Tensor
-) -> WindowReport:
+) -> StepReport:
     table, count = bound.table, len(bound.entries)
     device = scalars.device
-    cosine, damping, sums = (
-        torch.empty(shape, dtype=torch.float64, device=device) for shape in ((count,), (count,), (count, 4))
-    )
+    reports = torch.empty(count, REPORTS, dtype=torch.float64, device=device)
+    keeps = torch.empty(count, dtype=torch.uint8, device=device) if step.skip_nonfinite else None
     partials, before = new_partials(table), torch.empty_like(scalars)
     on_device = isinstance(step.lr, Tensor)
     numbers = {
@@ -60,14 +58,15 @@ def _run(
         "torque_steps": math.inf if step.torque_steps is None else step.torque_steps,
     }  # fmt: skip
     with on(device):
-        for kind, chunks in table.windows:
+        for kind, chunks in table.parts.items():
             sum_chunks(table, kind, chunks, partials, scalars, before)
             kernel[(chunks.size,)](
-                table.tensors, table.grads, table.owners, partials, scalars, before, sums, cosine, damping, skipped,
+                table.tensors, table.grads, table.owners, partials, scalars, before, reports, keeps, skipped,
                 step.lr if on_device else None, chunks.first, count, coupled_decay=kind.coupled_decay,
                 LITERAL=step.literal, SKIP=step.skip_nonfinite,
                 **{name: float(number) for name, number in numbers.items()},
                 **compiled_for(kind, block=UPDATE_BLOCK),
             )  # fmt: skip
     increment_version([entry.param for entry in bound.entries])
-    return WindowReport(cosine, damping, sums)
+    keep = None if keeps is None else keeps.view(torch.bool)
+    return StepReport(reports[:, 4], reports[:, 5], reports[:, :4], keep)

@@ -53,22 +53,24 @@ class SgdStep(NamedTuple):
     skip_nonfinite: bool
 
 
-class WindowReport(NamedTuple):
+class StepReport(NamedTuple):
     """What a step saw; fp64, on the device.
 
     Attributes:
         cosine: s_t, shape (n,).
         damping: The damping applied, shape (n,).
         sums: <m, g>, |m|^2, |g|^2 and the raw |g|^2, shape (n, 4).
+        keep: False where the tensor was left out, shape (n,) bool; None where none was.
     """
 
     cosine: Tensor
     damping: Tensor
     sums: Tensor
+    keep: Tensor | None
 
 
-def not_by_windows(
+def no_whole_step(
     entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
-) -> WindowReport | None:
-    """The `Backend.step_by_windows` of a backend that takes every step in parts."""
+) -> StepReport | None:
+    """The `Backend.whole_step` of a backend that takes every step in parts."""
     return None
