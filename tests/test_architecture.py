@@ -34,7 +34,7 @@ ALLOWED = {
     "optim": {"update", "backends", "bucket", "hyperparameters", "torque_aware"},
     "torque_log": {"torque_aware"},
     "report": set(),
-    "bench": {"optim"},
+    "bench": {"optim", "_version"},
     "compare": set(),
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "evaluate"}

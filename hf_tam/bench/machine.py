@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from hf_tam._version import __version__
+
 __all__ = ["available_memory", "describe_machine", "load_average"]
 
-_PACKAGES = ("torch", "hf-tam", "triton", "pytorch_optimizer", "bitsandbytes")
+_PACKAGES = ("torch", "triton", "pytorch_optimizer", "bitsandbytes")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -23,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": accelerator,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version_of(name))},
+        "versions": {"hf-tam": __version__, **{name: found for name in _PACKAGES if (found := _version_of(name))}},
         "load_average": load_average(),
     }
 

@@ -24,6 +24,8 @@ _WARM_UP_STEPS = 3
 _POOL_SLACK = 4096
 _COPY_BYTES = 1 << 28
 """Of the tensor whose copy tells what the memory gives: far larger than any cache."""
+_FASTEST_COPY_S = 5e-5
+"""No memory copies `_COPY_BYTES` in less (10 TB/s, read and written)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,28 @@ class Stand:
         self.wait()
         return time.perf_counter() - start
 
+    def time_on_device(self, optimizer: Optimizer, *, clip: bool, host_seconds: float) -> float:
+        """Seconds that an accelerator works on one step: what a training loop waits for whose host runs ahead.
+
+        Args:
+            optimizer: Steps the parameters.
+            clip: Whether torch clips before.
+            host_seconds: About as long as the host takes to launch the step. The device is kept busy for longer.
+        """
+        self.fill()
+        source = torch.empty(_COPY_BYTES // 4, dtype=torch.float32, device=self.device)
+        target = torch.empty_like(source)
+        start, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
+        for _ in range(1 + int(2 * host_seconds / _FASTEST_COPY_S)):
+            target.copy_(source)
+        start.record()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
+        optimizer.step()
+        end.record()
+        self.wait()
+        return float(start.elapsed_time(end)) / 1e3
+
     def wait(self) -> None:
         """Wait for the accelerator, if there is one."""
         if self.device.type != "cpu":
@@ -161,6 +185,9 @@ class _Runner:
     def time(self, stand: Stand) -> float:
         return stand.time_step(self.optimizer, clip=self.clip)
 
+    def time_on_device(self, stand: Stand, host_seconds: float) -> float:
+        return stand.time_on_device(self.optimizer, clip=self.clip, host_seconds=host_seconds)
+
 
 def measure(stand: Stand, workload: Workload, settings: Settings) -> dict[str, Any]:
     """Time every contender beside its baseline.
@@ -168,19 +195,20 @@ def measure(stand: Stand, workload: Workload, settings: Settings) -> dict[str, A
     In each round each pair steps once, baseline and contender one right after the other and in alternating order, so
     that whatever else the machine does, and however it drifts, meets both alike.
 
+    On an accelerator there are two times: `seconds` from idle device to idle device, launching by the host included,
+    and `device_seconds`, that of the device alone.
+
     Returns:
         Plain data for the JSON file: `copy_bytes_per_second`, `rows` and `left_out`.
     """
     runners, left_out = _prepare(stand, settings)
     pairs = [(name, baseline) for name, baseline in settings.pairs() if {name, baseline} <= runners.keys()]
-    seconds: dict[tuple[str, str], tuple[list[float], list[float]]] = {pair: ([], []) for pair in pairs}
     copies = [stand.time_copy()]
-    for number in range(settings.rounds):
-        for name, baseline in pairs:
-            mine, theirs = seconds[name, baseline]
-            order = [(theirs, baseline), (mine, name)]
-            for times, runner in order if number % 2 == 0 else reversed(order):
-                times.append(runners[runner].time(stand))
+    seconds = _in_turns(pairs, settings.rounds, lambda name: runners[name].time(stand))
+    on_device: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    if stand.device.type != "cpu":
+        host = {name: max(times) for pair in pairs for name, times in zip(pair, seconds[pair], strict=True)}
+        on_device = _in_turns(pairs, settings.rounds, lambda name: runners[name].time_on_device(stand, host[name]))
     copies.append(stand.time_copy())
     if stand.ranks is not None:
         seconds = {pair: (stand.ranks.slowest(a), stand.ranks.slowest(b)) for pair, (a, b) in seconds.items()}
@@ -189,7 +217,24 @@ def measure(stand: Stand, workload: Workload, settings: Settings) -> dict[str, A
         _row(pair, [runners[name] for name in pair], seconds[pair], workload, copy_rate * settings.processes, settings)
         for pair in pairs
     ]
+    for row, times in zip(rows, on_device.values(), strict=False):
+        row["device_seconds"], row["baseline_device_seconds"] = times
+        row["device_ratio"] = pair_ratio(*times)._asdict()
     return {"copy_bytes_per_second": copy_rate, "rows": rows, "left_out": left_out}
+
+
+def _in_turns(
+    pairs: Sequence[tuple[str, str]], rounds: int, time_of: Callable[[str], float]
+) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Times of both of each pair, round by round."""
+    seconds: dict[tuple[str, str], tuple[list[float], list[float]]] = {pair: ([], []) for pair in pairs}
+    for number in range(rounds):
+        for name, baseline in pairs:
+            mine, theirs = seconds[name, baseline]
+            order = [(theirs, baseline), (mine, name)]
+            for times, runner in order if number % 2 == 0 else reversed(order):
+                times.append(time_of(runner))
+    return seconds
 
 
 def _prepare(stand: Stand, settings: Settings) -> tuple[dict[str, _Runner], dict[str, str]]:

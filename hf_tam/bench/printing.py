@@ -38,7 +38,9 @@ def describe_run(run: dict[str, Any]) -> str:
 
 def table(run: dict[str, Any]) -> str:
     """One line for each optimizer, in plain columns; below it what was left out and why."""
-    lines = _columns([_HEADER, *(_cells(row) for row in run["rows"])])
+    on_device = any("device_ratio" in row for row in run["rows"])
+    header = (*_HEADER, "device ms", "ratio", "95% interval") if on_device else _HEADER
+    lines = _columns([header, *(_cells(row) + (_device_cells(row) if on_device else ()) for row in run["rows"])])
     lines += [f"{name}: left out: {reason}" for name, reason in run["left_out"].items()]
     return "\n".join(lines)
 
@@ -61,6 +63,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "-" if temporary is None else f"{temporary / 2**20:.2f}",
         "-" if share is None else f"{100 * share:.0f}%",
     )
+
+
+def _device_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    ratio = row["device_ratio"]
+    interval = f"{ratio['low']:.2f} .. {ratio['high']:.2f}"
+    return f"{1e3 * median(row['device_seconds']):.3f}", f"{ratio['median']:.2f}", interval
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

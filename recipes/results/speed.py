@@ -26,6 +26,7 @@ class Bar(NamedTuple):
         where: Facts of a run that it must have.
         optimizer: Of the row.
         baseline: Of the row.
+        times: Which ones of the row: those from idle to idle, or the device's alone.
     """
 
     what: str
@@ -33,6 +34,7 @@ class Bar(NamedTuple):
     where: dict[str, Any]
     optimizer: str = "adatamw"
     baseline: str = "adamw"
+    times: str = "seconds"
 
 
 _CPU = {"device": "cpu", "processes": 1, "clip": False}
@@ -49,10 +51,14 @@ BARS = (
     Bar("CPU: `pytorch_optimizer.AdaTAM` / step", ">= 10", {**_CPU, "workload": "full-100m"},
         "pytorch_optimizer.AdaTAM", "adatamw"),
     Bar(f"CPU, FSDP2 over 2 processes: {_STEP}", "<= 1.5", {**_CPU, "workload": "lora-7b", "processes": 2}),
-    Bar(f"GPU: {_STEP}", "<= 1.10", {**_CUDA, "workload": "lora-7b"}),
-    Bar(f"GPU: {_STEP}", "<= 1.35", {**_CUDA, "workload": "full-1b"}),
-    Bar(f"GPU: {_CLIPPED}", "<= 1.0", {**_CUDA, "workload": "lora-7b", "clip": True}),
-    Bar(f"GPU: {_CLIPPED}", "<= 1.0", {**_CUDA, "workload": "full-1b", "clip": True}),
+    *(
+        Bar(f"{where}: {what}", bar, {**_CUDA, "workload": workload, "clip": what is _CLIPPED}, times=times)
+        for where, times in (("GPU, host and device", "seconds"), ("GPU, device alone", "device_seconds"))
+        for what, workload, bar in (
+            (_STEP, "lora-7b", "<= 1.10"), (_STEP, "full-1b", "<= 1.35"),
+            (_CLIPPED, "lora-7b", "<= 1.0"), (_CLIPPED, "full-1b", "<= 1.0"),
+        )
+    ),
 )  # fmt: skip
 
 
@@ -97,25 +103,30 @@ def growth(folder: Path = FOLDER) -> str:
 
 
 def inside_the_trainer(folder: Path = FOLDER) -> str:
-    """One sentence on tokens per second inside the Trainer, from `recipes.results.trainer_speed`.
+    """Tokens per second inside the Trainer, from `recipes.results.trainer_speed`.
 
     Args:
-        folder: Where its bench-trainer.json is.
+        folder: Where its bench-trainer.json and bench-trainer-gpu.json are.
 
     Returns:
-        Markdown; says that nothing was measured where there is no file.
+        A Markdown table; says where nothing was measured.
     """
-    path = folder / "bench-trainer.json"
-    if not path.is_file():
-        return "Tokens per second inside the Trainer: not measured yet."
-    run = json.loads(path.read_text(encoding="utf-8"))
-    rates = run["tokens_per_second"]
-    ratio = pair_ratio(rates["adatamw"], rates["adamw_torch_fused"])
-    return (
-        f"Inside the Trainer (LoRA demo of `sft.py`, CPU, {run['threads']} threads, {len(rates['adatamw'])} pairs of"
-        f" steps in turns), tokens per second with `--optim adatamw` / `--optim adamw_torch_fused`:"
-        f" {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}); the bar is >= 0.99."
-    )
+    lines = [
+        "| Trainer, LoRA by `sft.py` | bar | tokens per second, `adatamw` / `adamw_torch_fused` |",
+        "|---|---|---|",
+    ]
+    for where, name in (("CPU", "bench-trainer.json"), ("GPU", "bench-trainer-gpu.json")):
+        path = folder / name
+        if not path.is_file():
+            lines.append(f"| {where} | >= 0.99 | not measured yet |")
+            continue
+        run = json.loads(path.read_text(encoding="utf-8"))
+        rates = run["tokens_per_second"]
+        ratio = pair_ratio(rates["adatamw"], rates["adamw_torch_fused"])
+        pairs = f"{len(rates['adatamw'])} pairs of steps"
+        what = f"{where}: {run['model']}; {run['tensors']} tensors, {run['elements'] / 1e6:.2f}M elements"
+        lines.append(f"| {what} | >= 0.99 | {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}, {pairs}) |")
+    return "\n".join(lines)
 
 
 def _runs(folder: Path) -> Iterator[dict[str, Any]]:
@@ -136,8 +147,9 @@ def _find(runs: list[dict[str, Any]], bar: Bar, dtype: str) -> tuple[dict[str, A
 def _cell(found: tuple[dict[str, Any], dict[str, Any]] | None, bar: Bar) -> str:
     if found is None:
         return f"not measured yet{' (no GPU at hand)' if bar.where['device'] == 'cuda' else ''}"
-    ratio = pair_ratio(found[1]["seconds"], found[1]["baseline_seconds"])
-    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, {len(found[1]['seconds'])} pairs)"
+    mine, theirs = found[1][bar.times], found[1][f"baseline_{bar.times}"]
+    ratio = pair_ratio(mine, theirs)
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, {len(mine)} pairs)"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 The LoRA demo of `sft.py`: its model, data, batches and arguments, without evaluation and checkpoints. In one run the
 two optimizers take turns, a step each; a step's time is that from the end of the one before, so that everything the
-Trainer does is in it.
+Trainer does is in it. On a GPU a step ends when the GPU has done it, so that no step pays for another.
 
     python -m recipes.results.trainer_speed --pairs 400 --json recipes/results/bench-trainer.json
+    python -m recipes.results.trainer_speed --size 1b --pairs 150 --json recipes/results/bench-trainer-gpu.json
     python -m recipes.results.trainer_speed --profile
 """
 
@@ -21,7 +22,16 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback
 
 import hf_tam
@@ -32,6 +42,10 @@ from recipes.support import causal_demo, models, sft_data, sft_model
 from recipes.support.config import parse_recipe_arguments
 
 OURS, THEIRS = "adatamw", "adamw_torch_fused"
+SIZES = {
+    "demo": "the demo's own model of 0.9M parameters",
+    "1b": "Llama-3.2-1B's sizes, random weights, bf16, with the demo's words: for a GPU",
+}
 _WARM_UP_PAIRS = 5
 
 
@@ -47,18 +61,34 @@ class _ProfileSteps(TrainerCallback):
         self.profiler.step()
 
 
-def prepare(optim: str, base: Path, *, steps: int, log_torque: bool) -> Trainer:
+def build_model(size: str, folder: Path) -> None:
+    """Write model and tokenizer of one of `SIZES` to `folder`."""
+    causal_demo.build_base(folder, show_progress=False, **({} if size == "demo" else {"num_steps": 1}))
+    if size == "1b":
+        config = AutoConfig.from_pretrained(folder)
+        config.update(
+            {
+                "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "head_dim": 64,
+            }
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def prepare(optim: str, base: Path, *, size: str, steps: int, log_torque: bool) -> Trainer:
     """Return a Trainer for the demo of `sft.py`, as that script would build it.
 
     Args:
         optim: For --optim.
-        base: The demo's pretrained model.
+        base: What `build_model` wrote.
+        size: Which one of `SIZES` that is.
         steps: How many to train.
         log_torque: Whether the torque is read at logging steps, as it is in the recipes.
     """
     words = [f"--optim={optim}", f"--max_steps={steps}", f"--output_dir={base.parent / 'run'}", "--disable_tqdm=true"]
     words += ["--eval_strategy=no", "--eval_on_start=false", "--save_strategy=no"]
     words += ["--optim_args=log_torque=true"] if log_torque and optim == OURS else []
+    words += ["--bf16=true", "--lora_r=16"] if size == "1b" else []
     groups = parse_recipe_arguments(sft.make_parser(), words, demo_config=sft.DEMO_CONFIG)
     _, model_arguments, data, lora, arguments = groups
     model_arguments.model_name_or_path = str(base)
@@ -89,16 +119,18 @@ class _TakeTurns(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.ends.append(time.perf_counter())
 
 
-def compare(base: Path, *, num_pairs: int, log_torque: bool) -> dict[str, Any]:
+def compare(base: Path, *, size: str, num_pairs: int, log_torque: bool) -> dict[str, Any]:
     """Train once, with both optimizers on the same adapter, a step each in turns.
 
     Returns:
         Tokens per second of each step, pair by pair, and the ratio: above 1 where `adatamw` is faster.
     """
-    trainer = prepare(OURS, base, steps=2 * (num_pairs + _WARM_UP_PAIRS), log_torque=log_torque)
+    trainer = prepare(OURS, base, size=size, steps=2 * (num_pairs + _WARM_UP_PAIRS), log_torque=log_torque)
     tokens, collate = [], trainer.data_collator
 
     def counting(rows: list[dict[str, Any]]) -> Any:
@@ -118,17 +150,18 @@ def compare(base: Path, *, num_pairs: int, log_torque: bool) -> dict[str, Any]:
     rates: dict[str, list[float]] = {OURS: [], THEIRS: []}
     for step in range(2 * _WARM_UP_PAIRS, len(turns.ends)):
         rates[turns.turns[step]].append(tokens[step] / (turns.ends[step] - turns.ends[step - 1]))
-    return {"tokens_per_second": rates, "ratio": pair_ratio(rates[OURS], rates[THEIRS])._asdict()}
+    sizes = {"tensors": len(params), "elements": sum(param.numel() for param in params)}
+    return {**sizes, "tokens_per_second": rates, "ratio": pair_ratio(rates[OURS], rates[THEIRS])._asdict()}
 
 
-def print_profile(base: Path, *, steps: int) -> None:
+def print_profile(base: Path, *, size: str, steps: int) -> None:
     """Print where the time of a LoRA step goes: torch.profiler's table over `steps` steps after a warm-up."""
     with profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
         schedule=schedule(wait=0, warmup=5, active=steps),
         acc_events=True,
     ) as profiler:
-        trainer = prepare(OURS, base, steps=steps + 5, log_torque=False)
+        trainer = prepare(OURS, base, size=size, steps=steps + 5, log_torque=False)
         trainer.add_callback(_ProfileSteps(profiler))
         trainer.train()
     averages = profiler.key_averages()
@@ -144,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.results.trainer_speed", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("--size", choices=SIZES, default="demo", help=f"1b: {SIZES['1b']}; default: demo")
     parser.add_argument("--pairs", type=int, default=400, help="of steps; default: 400")
     parser.add_argument("--steps", type=int, default=40, help="with --profile; default: 40")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
@@ -155,13 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--pairs, --steps and --threads must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
-        causal_demo.build_base(base, show_progress=False)
+        build_model(parsed.size, base)
         torch.set_num_threads(parsed.threads)
         if parsed.profile:
-            print_profile(base, steps=parsed.steps)
+            print_profile(base, size=parsed.size, steps=parsed.steps)
             return 0
         before = load_average()
-        result = compare(base, num_pairs=parsed.pairs, log_torque=parsed.log_torque)
+        result = compare(base, size=parsed.size, num_pairs=parsed.pairs, log_torque=parsed.log_torque)
     ratio = result["ratio"]
     interval = f"{ratio['low']:.3f} .. {ratio['high']:.3f}"
     print(f"{OURS} / {THEIRS}: {ratio['median']:.3f} ({interval}) of the tokens per second")
@@ -169,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
         facts = {
             "command": shlex.join(["python", "-m", "recipes.results.trainer_speed", *argv]),
             "machine": describe_machine(),
+            "model": SIZES[parsed.size],
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
             "threads": parsed.threads,
             "load_average_before": before,
             **result,

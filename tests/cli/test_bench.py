@@ -292,3 +292,14 @@ def test_a_process_that_fails_ends_all(monkeypatch, capsys):
     assert time.monotonic() - started < 120
     assert "tiny: process 1 failed: the memory of process 1 is full" in capsys.readouterr().err
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_time_of_the_device_is_told_apart(tmp_path, monkeypatch):
+    """Many small tensors: nearly all of a step's time is the host's."""
+    monkeypatch.setattr(measuring, "_COPY_BYTES", 1 << 28)
+    (found,) = run(tmp_path, "--workload", "many-500", "--optimizers", "adatamw", "--device", "cuda")["runs"]
+    (row,) = found["rows"]
+    assert len(row["device_seconds"]) == len(row["seconds"])
+    assert 0.0 < max(row["device_seconds"]) < min(row["seconds"])
