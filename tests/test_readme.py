@@ -60,7 +60,7 @@ def test_the_table_of_speed_follows_the_raw_times(tmp_path):
     first, *others = speed.table(tmp_path).splitlines()[2:]
     assert "| <= 1.6 | not measured yet | 1.50 (1.00 to 2.00, 3 pairs) | 7.0 |" in first
     assert all("not measured yet" in line for line in others)
-    assert sum("no GPU at hand" in line for line in others) == 4
+    assert sum("no GPU at hand" in line for line in others) == 8
     assert speed.table(tmp_path) not in README
 
 

@@ -19,7 +19,7 @@ enum { FLOAT32, BFLOAT16 };
 enum {
     CHUNK = 8192,              /* elements */
     CHUNKS_WORTH_A_THREAD = 8, /* starting one takes as long as the update of about 3 */
-    CHUNKS_TO_SPLIT = 128,     /* a larger tensor is shared by the threads: 8 MiB of moment and gradient in fp32 */
+    BYTES_TO_SPLIT = 4 << 20,  /* a tensor of more is shared by the threads: what its sums have read would be gone */
     LANES = 16,                /* sums side by side */
     BLOCK = 512,               /* elements summed in float, BLOCK / LANES terms a lane, before the sum becomes double */
     MAX_THREADS = 256
@@ -381,6 +381,8 @@ INLINE pass update_by(const step *step, const coefficients *numbers) {
     return pass;
 }
 
+INLINE int is_split(const tensor *t) { return t->count * (t->dtype == FLOAT32 ? 4 : 2) > BYTES_TO_SPLIT; }
+
 static void *take_tensors(void *argument) {
     step *step = *(void **)argument;
     for (;;) {
@@ -388,7 +390,7 @@ static void *take_tensors(void *argument) {
         if (at >= step->count) return NULL;
         const tensor *t = &step->tensors[at];
         int64_t chunks = num_chunks(t);
-        if (chunks > CHUNKS_TO_SPLIT) continue; /* taken by all threads together */
+        if (is_split(t)) continue; /* taken by all threads together */
         double *report = step->reports + REPORTS * at, sums[COLUMNS];
         for (int column = 0; column < COLUMNS; column++) report[column] = 0.0;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -421,8 +423,7 @@ int hf_tam_step(
     void *shares[MAX_THREADS];
     int64_t chunks = 0;
     for (int64_t at = 0; at < count; at++) {
-        int64_t own = num_chunks(&tensors[at]);
-        if (own <= CHUNKS_TO_SPLIT) chunks += own;
+        if (!is_split(&tensors[at])) chunks += num_chunks(&tensors[at]);
         else if (take_together(&step, at, threads)) return 1;
     }
     threads = worthwhile(threads, chunks);
