@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_tam.compare import printing
-from hf_tam.compare.choosing import outcomes
+from hf_tam.compare.choosing import Row, outcomes
 from hf_tam.compare.plan import load_plan
 from hf_tam.compare.running import Journal
 
@@ -34,9 +34,16 @@ def section(path: Path, folder: Path = FOLDER) -> str:
         return f"{title}: not measured yet."
     results = outcomes(plan, rows)
     link = f"[rows](recipes/results/compare-{plan.name}.jsonl)"
-    facts = f"{title}: {len(rows)} runs, {link}. {printing.summary(plan, results)}"
+    facts = f"{title}: {len(rows)} runs, {link}{_where(rows)}. {printing.summary(plan, results)}"
     search = f"{plan.validation_metric} in the search, mean of {plan.search_seeds} seeds, the chosen in bold:"
     return "\n\n".join([facts, printing.table(plan, results), search, printing.curves(plan, results)])
+
+
+def _where(rows: list[Row]) -> str:
+    """What the rows were measured on, where they say it."""
+    found = [row["environment"] for row in rows if row.get("environment")]
+    places = {f"{place['device']}, torch {place['torch']}" for place in found if "device" in place}
+    return f" ({'; '.join(sorted(places))})" if places else ""
 
 
 def sections(folder: Path = FOLDER) -> str:

@@ -88,7 +88,7 @@ def prepare(optim: str, base: Path, *, size: str, steps: int, log_torque: bool) 
     words = [f"--optim={optim}", f"--max_steps={steps}", f"--output_dir={base.parent / 'run'}", "--disable_tqdm=true"]
     words += ["--eval_strategy=no", "--eval_on_start=false", "--save_strategy=no"]
     words += ["--optim_args=log_torque=true"] if log_torque and optim == OURS else []
-    words += ["--bf16=true", "--lora_r=16"] if size == "1b" else []
+    words += ["--use_cpu=false", "--bf16=true", "--lora_r=16"] if size == "1b" else []
     groups = parse_recipe_arguments(sft.make_parser(), words, demo_config=sft.DEMO_CONFIG)
     _, model_arguments, data, lora, arguments = groups
     model_arguments.model_name_or_path = str(base)

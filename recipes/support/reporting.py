@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_tam
+from hf_tam.bench.machine import describe_machine
 
 _REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 
@@ -84,11 +85,17 @@ def write_results(path: Path, results: dict[str, Any], arguments: tuple[Any, ...
     content = {
         **results,
         "settings": {type(group).__name__: changed_settings(group) for group in arguments},
-        "environment": {"threads": torch.get_num_threads(), **versions()},
+        "environment": {"device": _device_name(arguments), "threads": torch.get_num_threads(), **versions()},
     }
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def _device_name(arguments: tuple[Any, ...]) -> str:
+    trains_on = next((group.device.type for group in arguments if isinstance(group, TrainingArguments)), "cpu")
+    machine = describe_machine()
+    return str(machine["cpu"] if trains_on == "cpu" else machine["gpu"] or trains_on)
 
 
 def versions() -> dict[str, str]:

@@ -55,6 +55,7 @@ def test_embedded_default_learns_wordings_it_has_not_seen(seed, classify):
     assert results["test_macro_f1"] > 0.5
     assert results["optimizer"] == "AdaTAMW"
     assert results["environment"]["transformers"]
+    assert results["environment"]["device"]
     assert results["seconds"] > 0
     assert results["train_loss"] < 2.0
     rows = read_metrics(classify.output_dir / "metrics.jsonl")
