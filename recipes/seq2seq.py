@@ -82,12 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.generation_num_beams = arguments.generation_num_beams or data.num_beams
     trainer = make_trainer(model, tokenizer, arguments, data, encoded)
     adapters.use_loraplus(trainer, lora)
-    name, prefix = ("test", "test") if "test" in encoded else ("validation", "eval")
-    shown = text_metrics.evenly(encoded[name], data.num_sample_generations)
+    shown = text_metrics.evenly(encoded.get("test") or encoded["validation"], data.num_sample_generations)
     samples = {"prompts": text_metrics.decode(shown["input_ids"], tokenizer)}
     samples["before"] = write(trainer, shown)
     metrics = training.train(trainer, run, resume_from=resume_from)
-    metrics |= text_metrics.without_timing(trainer.evaluate(encoded[name], metric_key_prefix=prefix))
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        if split in encoded:
+            metrics |= text_metrics.without_timing(trainer.evaluate(encoded[split], metric_key_prefix=prefix))
     samples["after"] = write(trainer, shown)
     with naming_a_full_disk(output_dir):
         training.save_model(trainer)

@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     saves_state = arguments.save_strategy != "no" and not arguments.save_only_model
     tokenizer, model = sft_model.load(model_arguments, lora, saves_state=saves_state)
     train, validation = sft_data.encode_splits(splits, data, tokenizer, model.config)
+    test = None if run.test_file is None else sft_data.encode_test(run.test_file, data, tokenizer, model.config)
     model = models.add_adapter(model, lora, TaskType.CAUSAL_LM)
     sizes = models.count_parameters(model)
     check_disk_space(output_dir, model, full=lora.full)
@@ -106,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     samples["before"] = generation.complete(trainer.model, tokenizer, prompts)
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= last_evaluation(trainer)
+    if test is not None:
+        (_, test), _ = sft_data.make_batches((test, test), data, tokenizer)
+        metrics |= _without_timing(trainer.evaluate(test, metric_key_prefix="test"))
     samples["after"] = generation.complete(trainer.model, tokenizer, prompts)
     facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started, num_records=len(train))
     with naming_a_full_disk(output_dir):
@@ -176,8 +180,12 @@ def last_evaluation(trainer: Trainer) -> dict[str, float]:
     went_back = trainer.args.load_best_model_at_end and trainer.state.best_global_step != trainer.state.global_step
     is_made = bool(rows) and rows[-1]["step"] == trainer.state.global_step and not went_back
     after = rows[-1] if is_made else trainer.evaluate()
-    kept = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
-    return {name: value for name, value in {**before, **after}.items() if name.removesuffix("_before") in kept}
+    return _without_timing({**before, **after})
+
+
+def _without_timing(metrics: dict[str, float]) -> dict[str, float]:
+    kept = ("loss", "perplexity", "token_accuracy")
+    return {name: value for name, value in metrics.items() if name.partition("_")[2].removesuffix("_before") in kept}
 
 
 if __name__ == "__main__":

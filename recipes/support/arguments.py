@@ -39,6 +39,9 @@ class SftRunArguments(RunArguments):
             " where output_dir holds a finished run, do that alone."
         },
     )
+    test_file: str | None = field(
+        default=None, metadata={"help": "Data that is measured once, at the end, and decides nothing."}
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Print the arguments, the numbers of parameters and the memory they take; write nothing."},

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import nn
 from tqdm.auto import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from recipes.data import animals
 from recipes.support.records import Records
@@ -33,11 +33,21 @@ def demo_records() -> tuple[Records, Records]:
     return Records(Dataset.from_list(train), "demo[train]"), Records(Dataset.from_list(validation), "demo[validation]")
 
 
-def build_base(folder: Path, *, num_steps: int = _PRETRAINING_STEPS, show_progress: bool = True) -> None:
-    """Build the tokenizer, pretrain the model, and save both to `folder`, which appears whole or not at all."""
+def build_base(
+    folder: Path, *, architecture: str = "llama", num_steps: int = _PRETRAINING_STEPS, show_progress: bool = True
+) -> None:
+    """Build the tokenizer, pretrain the model, and save both to `folder`, which appears whole or not at all.
+
+    Args:
+        folder: Where they go; what was there is replaced.
+        architecture: "llama" or "gpt2".
+        num_steps: Of pretraining.
+        show_progress: Whether a bar is drawn.
+    """
     set_seed(_BASE_SEED)
     paragraphs, tokenizer = _read()
-    model = LlamaForCausalLM(_make_config(tokenizer))
+    config = _make_config(tokenizer) if architecture == "llama" else _make_gpt2_config(tokenizer)
+    model = AutoModelForCausalLM.from_config(config)
     # The matrices are too small to share among threads; with one the model is the same on any number of cores.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -94,6 +104,20 @@ def _make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         max_position_embeddings=_CONTEXT_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _make_gpt2_config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
+    """Describe a GPT-2 of the same width and depth."""
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        n_positions=_CONTEXT_LENGTH,
+        bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -48,6 +48,18 @@ def encode_splits(
     return train, validation
 
 
+def encode_test(
+    name: str, data: SftDataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> Dataset:
+    """Load and tokenise the file that is measured at the end, as `encode_splits` does the others.
+
+    Raises:
+        RecipeError: the file is bad.
+    """
+    context_length = getattr(config, "max_position_embeddings", None)
+    return completion.encode_records(records.load_file(name), data, tokenizer, context_length=context_length)
+
+
 def make_batches(
     splits: tuple[Dataset, Dataset], data: SftDataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[Dataset, Dataset], DataCollator]:

@@ -337,3 +337,27 @@ def test_merge_of_a_run_that_is_not_there_trains_nothing(tmp_path, capsys):
     assert main([f"--output_dir={tmp_path / 'nowhere'}", "--merge"]) == 1
     assert f"merge: there is no finished run in {tmp_path / 'nowhere'}; name the" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("packing", [(), ("--packing",)], ids=["plain", "packed"])
+def test_a_test_file_is_measured_once_at_the_end(sft, tmp_path, packing):
+    """What it gives is what an evaluation of the saved result gives; nothing else of the run depends on it."""
+    records = [{"prompt": f"Question {n}?\nAnswer:", "completion": f" It is {n}."} for n in range(40)]
+    files = {}
+    for name, part in (("train", records[:24]), ("validation", records[24:32]), ("test", records[32:])):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(record) + "\n" for record in part))
+    flags = [f"--train_file={files['train']}", "--num_sample_generations=0", *packing]
+    seen = []
+    for named in (["validation", "test"], ["test", "validation"]):
+        words = [f"--validation_file={files[named[0]]}", f"--test_file={files[named[1]]}"]
+        status, _, error = sft(*flags, *words, "--overwrite")
+        assert status == 0, error
+        seen.append(results_of(sft.output_dir))
+    for measure in ("loss", "perplexity", "token_accuracy"):
+        assert seen[0][f"test_{measure}"] == pytest.approx(seen[1][f"eval_{measure}"], rel=1e-5)
+        assert seen[0][f"eval_{measure}"] == pytest.approx(seen[1][f"test_{measure}"], rel=1e-5)
+    assert seen[0]["test_loss"] != seen[0]["eval_loss"]
+    assert seen[0]["train_loss"] == seen[1]["train_loss"]
+    rows = read_metrics(sft.output_dir / "metrics.jsonl")
+    assert sum("test_loss" in row for row in rows) == 1
