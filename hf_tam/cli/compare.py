@@ -58,8 +58,7 @@ def compare(parsed: argparse.Namespace) -> int:
         journal = running.Journal(folder / running.ROWS_NAME)
         if not parsed.table:
             workshop = _workshop(plan, folder, parsed)
-            engine = running.with_ray if parsed.engine == "ray" else running.locally
-            running.compare(plan, journal, partial(engine, workshop), partial(print, flush=True))
+            running.compare(plan, journal, partial(_engine(parsed.engine), workshop), partial(print, flush=True))
         results = choosing.outcomes(plan, journal.of(plan))
     except (PlanError, running.RunError, FileNotFoundError) as error:
         return _complain(str(error), code=1)
@@ -71,6 +70,16 @@ def compare(parsed: argparse.Namespace) -> int:
     if not parsed.table:
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def _engine(name: str) -> Any:
+    if name == "ray":
+        from hf_tam.compare.on_ray import with_ray
+
+        return with_ray
+    from hf_tam.compare.running import locally
+
+    return locally
 
 
 def _workshop(plan: Plan, folder: Path, parsed: argparse.Namespace) -> Any:

@@ -244,35 +244,3 @@ def locally(workshop: Workshop, specs: Sequence[Spec], keep: Callable[[Row], Non
             raise
     if failures:
         raise RunError(f"{len(failures)} of {len(specs)} runs failed; the first: {failures[0]}")
-
-
-def with_ray(workshop: Workshop, specs: Sequence[Spec], keep: Callable[[Row], None]) -> None:
-    """Do runs by Ray Tune, on the cluster that ray finds or on this machine.
-
-    Every machine must see the recipes, the data and `workshop.folder` at the same paths.
-
-    Raises:
-        RunError: Some ended without results; the others were done first, and their rows kept.
-    """
-    import ray
-    from ray import tune
-
-    class _Keep(tune.Callback):  # type: ignore[misc]
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            if "row" in result:
-                keep(json.loads(result["row"]))
-
-    def run(config: dict[str, Any]) -> None:
-        tune.report({"row": json.dumps(workshop.run(specs[config["position"]]))})
-
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-    tuner = tune.Tuner(
-        tune.with_resources(run, {"cpu": workshop.threads}),
-        param_space={"position": tune.grid_search(range(len(specs)))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=workshop.jobs),
-        run_config=tune.RunConfig(storage_path=str(workshop.folder / "ray"), verbose=0, callbacks=[_Keep()]),
-    )
-    errors = [result.error for result in tuner.fit() if result.error is not None]
-    if errors:
-        raise RunError(f"{len(errors)} of {len(specs)} runs failed; the first: {str(errors[0]).splitlines()[-1]}")

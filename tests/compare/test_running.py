@@ -165,7 +165,9 @@ def test_a_line_that_was_cut_off_is_done_again(bench):
 
 def test_ray_does_the_same(bench):
     pytest.importorskip("ray")
-    rows = bench.run(bench.plan(), running.with_ray)
+    from hf_tam.compare.on_ray import with_ray
+
+    rows = bench.run(bench.plan(), with_ray)
     done = sorted((row["label"], row["learning_rate"], row["seed"]) for row in rows)
     assert len(done) == 12
     assert len(bench.calls()) == 12
