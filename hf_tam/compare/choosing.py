@@ -71,6 +71,7 @@ class Outcome:
         test: At that rate.
         difference: To the baseline, over the seeds that both have; None for the baseline itself.
         curve: Learning rate to mean validation metric.
+        also: Means over the seeds of what the plan wants shown besides; NaN where a run has none.
     """
 
     label: str
@@ -80,6 +81,7 @@ class Outcome:
     test: Estimate
     difference: Difference | None
     curve: dict[float, float]
+    also: tuple[float, ...] = ()
 
 
 def best_rate(plan: Plan, rows: Sequence[Row], label: str) -> float:
@@ -142,9 +144,16 @@ def outcomes(plan: Plan, rows: Sequence[Row]) -> list[Outcome]:
                 _estimate(test),
                 difference,
                 curve,
+                tuple(_mean_of(plan, rows, label, best[label], name) for name in plan.also_shown),
             )
         )
     return results
+
+
+def _mean_of(plan: Plan, rows: Sequence[Row], label: str, rate: float, name: str) -> float:
+    chosen = [row for row in rows if (row["label"], row["learning_rate"]) == (label, rate)]
+    values = [_metric(row, name) for row in chosen if row["seed"] in plan.seeds]
+    return fmean(values) if values else nan
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -72,6 +72,7 @@ class Plan:
         test_metric: Key of results.json that is reported; not looked at before.
         greater_is_better: Of both.
         tolerance: Differences of the test metric up to this count as "within".
+        also_shown: Further keys of results.json whose means stand in the table and decide nothing.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Plan:
     test_metric: str
     greater_is_better: bool
     tolerance: float
+    also_shown: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:
@@ -114,6 +116,7 @@ _DEFAULTS: dict[str, Any] = {
     "test_metric": "test_accuracy",
     "greater_is_better": True,
     "tolerance": 0.002,
+    "also_shown": [],
     "arguments": {},
 }
 _NEEDED = ("recipe", "optimizers", "learning_rates", "seeds")
@@ -155,6 +158,7 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: search_seeds must be from 1 to the number of seeds ({len(seeds)})")
     _refuse_test_data(path, values)
     values |= {"optimizers": optimizers, "learning_rates": rates, "seeds": seeds, "search_seeds": search_seeds}
+    values |= {"also_shown": tuple(map(str, values["also_shown"]))}
     values |= {"name": path.stem, "tolerance": _number(path, "tolerance", values["tolerance"])}
     return Plan(**values)
 

@@ -19,10 +19,11 @@ def table(plan: Plan, results: Sequence[Outcome]) -> str:
     Differences are to the first optimizer, positive where better.
     """
     unit = " in %" if _scale(plan) == 100.0 else ""
+    also = "".join(f" {name} |" for name in plan.also_shown)
     lines = [
         f"| optimizer | best learning rate | {plan.validation_metric}{unit} | {plan.test_metric}{unit} (95%) | seeds |"
-        " difference by seed | mean difference (95%) | |",
-        "|---|---|---|---|---|---|---|---|",
+        f" difference by seed | mean difference (95%) | |{also}",
+        f"|---|---|---|---|---|---|---|---|{'---|' * len(plan.also_shown)}",
     ]
     for outcome in results:
         rate = "none yet" if isnan(outcome.learning_rate) else f"{outcome.learning_rate:g}"
@@ -35,6 +36,7 @@ def table(plan: Plan, results: Sequence[Outcome]) -> str:
         else:
             cells.append(", ".join(f"{_scale(plan) * value:+.{_digits(plan)}f}" for value in difference.by_seed))
             cells += [_interval(plan, difference.estimate, sign="+"), difference.verdict]
+        cells += ["" if isnan(value) else f"{value:.3g}" for value in outcome.also]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from recipes.support.output import check_output_directory, metrics_path, naming_
 from recipes.support.parallel import describe_strategy, leave_group
 from recipes.support.quantization import is_quantized
 from recipes.support.reporting import MetricsFileCallback
+from recipes.support.spikes import grad_norm_metrics
 
 
 def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
@@ -65,7 +66,7 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
         interruption.restore_handlers()
     if interruption.agreed:
         _leave(interruption.agreed, trainer)
-    return metrics
+    return metrics | grad_norm_metrics(trainer.state.log_history)
 
 
 def evaluate(trainer: Trainer, encoded: dict[str, Any], share: Callable[[str], float]) -> dict[str, float]:

@@ -155,3 +155,17 @@ def test_nothing_yet(plan):
     text = printing.table(plan, outcomes(plan, []))
     assert "none yet" in text
     assert "not measured yet" in text
+
+
+def test_what_is_shown_besides_is_the_mean_at_the_chosen_rate(tmp_path):
+    plan = make_plan(tmp_path, also_shown=["spikes"])
+    rows = rows_of({"AdamW": (0.1, 0.9, 0.2), "ours": (0.1, 0.2, 0.9)})
+    for found in rows:
+        found["metrics"]["spikes"] = 10.0 * RATES.index(found["learning_rate"]) + found["seed"]
+    rows[-1]["metrics"].pop("spikes")  # the last seed of ours at its best rate
+    assert outcomes(plan, rows)[0].also == (11.5,)
+    assert math.isnan(outcomes(plan, rows)[1].also[0])
+    header, _, first, second = printing.table(plan, outcomes(plan, rows)).splitlines()
+    assert header.endswith("| spikes |")
+    assert first.endswith("| 11.5 |")
+    assert second.endswith("|  |")

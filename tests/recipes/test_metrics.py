@@ -56,3 +56,17 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
     assert compute("chrf", texts, texts) == pytest.approx(100)
     # No character in common, so no n-gram of any order.
     assert compute("bleu", ["aaa"], ["zzz"]) == compute("chrf", ["aaa"], ["zzz"]) == 0.0
+
+
+def test_spikes_are_told_from_a_rise():
+    """Beside the median of the twenty before: a single peak counts, a slow rise to ten times as much does not."""
+    from recipes.support.spikes import grad_norm_metrics
+
+    def logged(norms):
+        return [{"loss": 1.0}, *({"grad_norm": norm} for norm in norms)]
+
+    rising = [1.0 + 0.05 * step for step in range(200)]
+    assert grad_norm_metrics(logged(rising)) == {"grad_norm_max": rising[-1], "grad_norm_spikes": 0.0}
+    with_peaks = [*([1.0] * 30), 3.1, *([1.0] * 30), 2.9, float("nan"), 1.0]
+    assert grad_norm_metrics(logged(with_peaks))["grad_norm_spikes"] == 2.0
+    assert grad_norm_metrics(logged([9.0] * 20)) == {}
