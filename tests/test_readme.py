@@ -25,20 +25,23 @@ def test_one_command_a_line(block):
     assert not [line for line in block.splitlines() if line.startswith(("$", ">", "#")) or line.endswith("\\")]
 
 
-def test_the_table_of_results_is_generated():
+def test_the_page_of_comparisons_is_generated():
+    pytest.importorskip("scipy")
     pytest.importorskip("pandas")
-    from recipes.results.summary import table
+    from recipes.results.evidence import FOLDER, overview, page, step_sizes
 
-    assert table() in README
+    assert overview() in README
+    assert step_sizes() in README
+    assert page() == (FOLDER / "comparisons.md").read_text()
 
 
-def test_the_table_follows_its_rows(tmp_path):
+def test_the_older_table_follows_its_rows(tmp_path):
     pytest.importorskip("pandas")
     from recipes.results.summary import ROWS, table
 
     changed = tmp_path / "rows.jsonl"
     changed.write_text(re.sub(r'"test_accuracy": 0\.\d', '"test_accuracy": 0.0', ROWS.read_text()))
-    assert table(changed) not in README
+    assert table(changed) != table()
 
 
 def test_the_table_of_speed_is_generated():
@@ -64,25 +67,22 @@ def test_the_table_of_speed_follows_the_raw_times(tmp_path):
     assert speed.table(tmp_path) not in README
 
 
-def test_the_tables_of_comparisons_are_generated():
-    pytest.importorskip("scipy")
-    from recipes.results.evidence import sections
-
-    assert sections() in README
-
-
 def test_the_tables_of_comparisons_follow_their_rows(tmp_path):
+    """Other test results give other tables, and the same choice of learning rates."""
     pytest.importorskip("scipy")
+    pytest.importorskip("pandas")
     from recipes.results import evidence
 
     assert evidence.sections(tmp_path).count("not measured yet") == len(list(evidence.PLANS.glob("*.yaml")))
     for path in evidence.FOLDER.glob("compare-*.jsonl"):
-        changed = re.sub(r'("test_\w*accuracy": 0\.)\d', r"\g<1>1", path.read_text())
+        changed = re.sub(r'("test_(?:\w*accuracy|loss)": \d*\.)\d', r"\g<1>1", path.read_text())
         (tmp_path / path.name).write_text(changed)
         plan = evidence.PLANS / f"{path.stem.removeprefix('compare-')}.yaml"
-        assert evidence.section(plan, tmp_path) not in README
-        best = re.findall(r"^\| [^|]+ \| ([\d.e-]+)", evidence.section(plan, tmp_path), flags=re.MULTILINE)
-        assert best[:2] == re.findall(r"^\| [^|]+ \| ([\d.e-]+)", evidence.section(plan), flags=re.MULTILINE)[:2]
+        before, after = evidence.section(plan), evidence.section(plan, tmp_path)
+        assert before != after
+        best = [re.findall(r"^\| [^|]+ \| ([\d.e-]+)", text, flags=re.MULTILINE)[:2] for text in (before, after)]
+        assert best[0] == best[1]
+    assert evidence.overview(tmp_path) not in README
 
 
 def test_the_trainers_figure_follows_the_rates(tmp_path):

@@ -8,7 +8,7 @@ from math import isnan
 from hf_tam.compare.choosing import Estimate, Outcome
 from hf_tam.compare.plan import Plan
 
-__all__ = ["curves", "summary", "table"]
+__all__ = ["curves", "interval", "summary", "table", "unit"]
 
 _IN_PERCENT = ("accuracy", "f1")
 
@@ -18,24 +18,23 @@ def table(plan: Plan, results: Sequence[Outcome]) -> str:
 
     Differences are to the first optimizer, positive where better.
     """
-    unit = " in %" if _scale(plan) == 100.0 else ""
+    metrics = f"{plan.validation_metric}{unit(plan)} | {plan.test_metric}{unit(plan)} (95%)"
     also = "".join(f" {name} |" for name in plan.also_shown)
     lines = [
-        f"| optimizer | best learning rate | {plan.validation_metric}{unit} | {plan.test_metric}{unit} (95%) | seeds |"
-        f" difference by seed | mean difference (95%) | |{also}",
+        f"| optimizer | best learning rate | {metrics} | seeds | difference by seed | mean difference (95%) | |{also}",
         f"|---|---|---|---|---|---|---|---|{'---|' * len(plan.also_shown)}",
     ]
     for outcome in results:
         rate = "none yet" if isnan(outcome.learning_rate) else f"{outcome.learning_rate:g}"
         rate += "" if outcome.is_inside else " (at an end of the grid)"
-        cells = [outcome.label, rate, _mean(plan, outcome.validation), _interval(plan, outcome.test)]
+        cells = [outcome.label, rate, _mean(plan, outcome.validation), interval(plan, outcome.test)]
         cells.append(str(outcome.test.count))
         difference = outcome.difference
         if difference is None:
             cells += ["", "", "baseline" if outcome.label == plan.baseline else "not measured yet"]
         else:
             cells.append(", ".join(f"{_scale(plan) * value:+.{_digits(plan)}f}" for value in difference.by_seed))
-            cells += [_interval(plan, difference.estimate, sign="+"), difference.verdict]
+            cells += [interval(plan, difference.estimate, sign="+"), difference.verdict]
         cells += ["" if isnan(value) else f"{value:.3g}" for value in outcome.also]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -85,7 +84,13 @@ def _mean(plan: Plan, estimate: Estimate) -> str:
     return f"{_scale(plan) * estimate.mean:.{_digits(plan)}f}"
 
 
-def _interval(plan: Plan, estimate: Estimate, *, sign: str = "") -> str:
+def unit(plan: Plan) -> str:
+    """What stands behind the name of a metric."""
+    return " in %" if _scale(plan) == 100.0 else ""
+
+
+def interval(plan: Plan, estimate: Estimate, *, sign: str = "") -> str:
+    """A mean with its interval, in the plan's unit."""
     mean, low, high = (
         f"{_scale(plan) * value:{sign}.{_digits(plan)}f}" for value in (estimate.mean, estimate.low, estimate.high)
     )
