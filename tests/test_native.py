@@ -219,3 +219,32 @@ def test_bf16_is_rounded_to_nearest_even():
         optimizer.step()
         expected = (everything.float() - parameter.grad.float()).to(torch.bfloat16)
         torch.testing.assert_close(parameter.detach(), expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("cls", [hf_tam.AdaTAMW, hf_tam.AdaTAM])
+def test_bf16_of_any_size_is_updated_as_torch_would(cls, options):
+    """The vector path takes 32 numbers at a time, by approximations where they are good: zeros, numbers whose squares
+    vanish or overflow and NaN beside usual ones give what plain torch operations give, to a unit of bf16."""
+    sizes = [0.0, 1e-38, 1e-30, 1e-24, 1e-20, 1e-15, 1e-8, 1e-3, 1.0, 1e3, 1e10, 1e18, 1e19, 3e38]
+    generator = torch.Generator().manual_seed(0)
+    count = 32 * 300 + 5
+    runs = []
+    scales = torch.tensor(sizes)[torch.randint(len(sizes), (3, count), generator=generator)]
+    usual = torch.rand(3, count // 32 + 1, generator=generator) < 0.5  # whole stretches, that they are not all unusual
+    scales = torch.where(usual.repeat_interleave(32, dim=1)[:, :count], torch.tensor(1e-2), scales)
+    steps = (scales * torch.randn(3, count, generator=generator)).clamp(-3e38, 3e38).to(torch.bfloat16)
+    steps[2, ::97] = torch.nan
+    for plain in (False, True):
+        parameter = torch.nn.Parameter(torch.randn(count, generator=generator.manual_seed(1)).to(torch.bfloat16))
+        choice = {"foreach": False, "fused": False} if plain else {}
+        optimizer = cls([parameter], lr=1e-2, nonfinite="propagate", **options, **choice)
+        for grad in steps:
+            parameter.grad = grad.clone()
+            optimizer.step()
+        runs.append(
+            [parameter.detach(), optimizer.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg_sq"]]
+        )
+    # A parameter that is near 0 by now keeps a rounding of where it was, at 1e-2 steps of it.
+    for actual, expected, atol in zip(*runs, (2**-9, 1e-38, 1e-38), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2**-7, atol=atol, equal_nan=True)

@@ -7,6 +7,9 @@
  * nearest even.
  */
 #include <math.h>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -66,31 +69,36 @@ INLINE void store(void *base, int64_t i, int dtype, float value) {
 INLINE float gradient(const tensor *t, int64_t i, int dtype, int coupled) {
     float g = load(t->grad, i, dtype);
     if (!coupled) return g;
-    return (t->negated ? -g : g) + (float)t->decay * load(t->param, i, dtype);
+    if (t->negated) g = -g;
+    return t->decay != 0.0 ? g + (float)t->decay * load(t->param, i, dtype) : g; /* 0 * NaN would be NaN */
 }
 
-/* LANES floats, or halves of floats. Spelt out, since compilers miss it that a loop with sums is one of these. */
+/* LANES floats. Spelt out, since compilers miss it that a loop with sums is one of these. */
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
-INLINE floats load_lanes(const void *base, int64_t i, int dtype) {
-    floats values;
+/* The numbers from place i on, LANES of fp32 or twice as many of bf16, in no order: a word of memory holds two of bf16,
+ * which a shift and a mask take apart. Returns how many vectors that are. */
+INLINE int load_unordered(const void *base, int64_t i, int dtype, floats *values) {
     if (dtype == FLOAT32) {
-        memcpy(&values, (const float *)base + i, sizeof values);
-    } else {
-        halves upper;
-        memcpy(&upper, (const uint16_t *)base + i, sizeof upper);
-        words bits = __builtin_convertvector(upper, words) << 16;
-        memcpy(&values, &bits, sizeof values);
+        memcpy(values, (const float *)base + i, sizeof *values);
+        return 1;
     }
-    return values;
+    words both;
+    memcpy(&both, (const uint16_t *)base + i, sizeof both);
+    words even = both << 16, odd = both & 0xffff0000;
+    memcpy(&values[0], &even, sizeof even);
+    memcpy(&values[1], &odd, sizeof odd);
+    return 2;
 }
 
 INLINE double total(floats lanes) {
-    double sum = 0.0;
-    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
-    return sum;
+    double even = 0.0, odd = 0.0;
+    for (int lane = 0; lane < LANES; lane += 2) {
+        even += lanes[lane];
+        odd += lanes[lane + 1];
+    }
+    return even + odd;
 }
 
 /* The sums, <m, g>, |m|^2, |g|^2 and that of the gradient as it came, and what a whole step reports besides. */
@@ -102,15 +110,21 @@ INLINE int is_safe(double square) { return 1e-24 < square && square < 1e36; }
 INLINE void sums_of_block(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, double *out) {
     const float sign = t->negated ? -1.0f : 1.0f, decay = t->decay;
     floats dot = {0}, first_sq = {0}, grad_sq = {0}, raw_sq = {0};
-    for (int64_t i = begin; i < end; i += LANES) {
-        floats m = load_lanes(t->first, i, dtype), raw = load_lanes(t->grad, i, dtype), g = raw;
-        if (coupled) {
-            g = sign * raw + decay * load_lanes(t->param, i, dtype);
-            raw_sq += raw * raw;
+    for (int64_t i = begin, count; i < end; i += count * LANES) {
+        floats m[2], raw[2], p[2];
+        count = load_unordered(t->first, i, dtype, m);
+        load_unordered(t->grad, i, dtype, raw);
+        if (coupled) load_unordered(t->param, i, dtype, p);
+        for (int at = 0; at < count; at++) {
+            floats g = raw[at];
+            if (coupled) {
+                g = decay != 0.0f ? sign * raw[at] + decay * p[at] : sign * raw[at];
+                raw_sq += raw[at] * raw[at];
+            }
+            dot += m[at] * g;
+            first_sq += m[at] * m[at];
+            grad_sq += g * g;
         }
-        dot += m * g;
-        first_sq += m * m;
-        grad_sq += g * g;
     }
     out[DOT] = total(dot);
     out[FIRST_SQ] = total(first_sq);
@@ -123,8 +137,8 @@ static __attribute__((noinline)) void exact_sums(const tensor *t, int64_t begin,
     const double sign = t->negated ? -1.0 : 1.0;
     for (int column = 0; column < COLUMNS; column++) out[column] = 0.0;
     for (int64_t i = begin; i < end; i++) {
-        double m = t->takes_dot ? load(t->first, i, t->dtype) : 0.0, raw = load(t->grad, i, t->dtype), g = raw;
-        if (t->negated || t->decay != 0.0) g = sign * raw + t->decay * load(t->param, i, t->dtype);
+        double m = t->takes_dot ? load(t->first, i, t->dtype) : 0.0, raw = load(t->grad, i, t->dtype), g = sign * raw;
+        if (t->decay != 0.0) g += t->decay * load(t->param, i, t->dtype);
         out[DOT] += m * g;
         out[FIRST_SQ] += m * m;
         out[GRAD_SQ] += g * g;
@@ -150,10 +164,10 @@ INLINE void square_of(const tensor *t, int dtype, int64_t begin, int64_t end, do
     for (int64_t i = begin; i < end; i += BLOCK) {
         double sums[COLUMNS] = {0.0};
         if (end - i >= BLOCK) {
-            floats lanes = {0};
-            for (int64_t at = i; at < i + BLOCK; at += LANES) {
-                floats g = load_lanes(t->grad, at, dtype);
-                lanes += g * g;
+            floats lanes = {0}, g[2];
+            for (int64_t at = i, count; at < i + BLOCK; at += count * LANES) {
+                count = load_unordered(t->grad, at, dtype, g);
+                for (int of = 0; of < count; of++) lanes += g[of] * g[of];
             }
             sums[RAW_SQ] = total(lanes);
         }
@@ -164,6 +178,88 @@ INLINE void square_of(const tensor *t, int dtype, int64_t begin, int64_t end, do
     out[GRAD_SQ] = out[RAW_SQ] = sum;
 }
 
+#ifdef __AVX512BW__
+/* Thirty-two bf16 numbers as two vectors of floats: those at even places and those at odd ones. A word holds one of
+ * each, so that taking them apart and putting them together is a shift or a mask; most of the time of an update in bf16
+ * went there. */
+typedef struct {
+    __m512 even, odd;
+} pairs;
+
+INLINE pairs load_pairs(const void *base, int64_t i) {
+    __m512i words_ = _mm512_loadu_si512((const uint16_t *)base + i);
+    return (pairs){_mm512_castsi512_ps(_mm512_slli_epi32(words_, 16)),
+                   _mm512_castsi512_ps(_mm512_and_si512(words_, _mm512_set1_epi32((int)0xffff0000)))};
+}
+
+/* To the nearest bf16, or the even one of two, in the upper halves; what the lower ones hold is of no account. A NaN
+ * stays one: those that came from bf16, or out of arithmetic, have zeros below, and nothing is carried up. */
+INLINE __m512i rounded(__m512 values) {
+    __m512i bits = _mm512_castps_si512(values);
+    __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(bits, is_odd, bits, _mm512_set1_epi32(1));
+}
+
+INLINE void store_pairs(void *base, int64_t i, pairs values) {
+    __m512i even = _mm512_srli_epi32(rounded(values.even), 16), odd = rounded(values.odd);
+    _mm512_storeu_si512((uint16_t *)base + i, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, odd));
+}
+
+/* 1 / (sqrt(v) + eps), right to 2^-22 where that is enough. */
+INLINE __m512 scale_of(__m512 v, __m512 eps) {
+    const __m512 least = _mm512_set1_ps(1e-30f), most = _mm512_set1_ps(1e30f);
+    __mmask16 is_usual = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, most, _CMP_LE_OQ);
+    if (__builtin_expect(is_usual != 0xffff, 0))
+        return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_sqrt_ps(v), eps));
+    __m512 r = _mm512_rsqrt14_ps(v), half = _mm512_mul_ps(_mm512_set1_ps(0.5f), v);
+    r = _mm512_mul_ps(r, _mm512_fnmadd_ps(half, _mm512_mul_ps(r, r), _mm512_set1_ps(1.5f)));
+    __m512 denominator = _mm512_fmadd_ps(v, r, eps), q = _mm512_rcp14_ps(denominator);
+    return _mm512_mul_ps(q, _mm512_fnmadd_ps(denominator, q, _mm512_set1_ps(2.0f)));
+}
+
+typedef struct {
+    __m512 weight, rest, keep, second_decay, second_weight, step_size, eps, clip, decay;
+    int is_near_grad, is_negated, decays, clips;
+} adam_numbers;
+
+INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, __m512 g) {
+    if (n->is_negated) g = _mm512_sub_ps(_mm512_setzero_ps(), g);
+    if (n->decays) g = _mm512_fmadd_ps(n->decay, *p, g);
+    if (n->clips) g = _mm512_mul_ps(g, n->clip);
+    __m512 way = _mm512_sub_ps(g, *m);
+    *m = n->is_near_grad ? _mm512_fnmadd_ps(way, n->rest, g) : _mm512_fmadd_ps(way, n->weight, *m);
+    *v = _mm512_fmadd_ps(_mm512_mul_ps(g, n->second_weight), g, _mm512_mul_ps(*v, n->second_decay));
+    *p = _mm512_fmsub_ps(*p, n->keep, _mm512_mul_ps(_mm512_mul_ps(*m, n->step_size), scale_of(*v, n->eps)));
+}
+
+/* Returns the first element that is left to do. */
+INLINE int64_t adam_of_pairs(
+    const tensor *t, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
+) {
+    const adam_numbers n = {
+        .weight = _mm512_set1_ps(row->first_weight), .rest = _mm512_set1_ps(1.0 - row->first_weight),
+        .keep = _mm512_set1_ps(row->decay), .second_decay = _mm512_set1_ps(row->second_decay),
+        .second_weight = _mm512_set1_ps(row->second_weight), .step_size = _mm512_set1_ps(row->step_size),
+        .eps = _mm512_set1_ps(row->eps), .clip = _mm512_set1_ps(clip),
+        .decay = _mm512_set1_ps(t->decay),
+        .is_near_grad = row->first_weight >= 0.5, .is_negated = coupled && t->negated,
+        .decays = coupled && t->decay != 0.0, .clips = clip != 1.0f,
+    };
+    int64_t i = begin;
+    for (; i + 32 <= end; i += 32) {
+        pairs p = load_pairs(t->param, i), m = load_pairs(t->first, i), v = load_pairs(t->second, i),
+              g = load_pairs(t->grad, i);
+        adam_lanes(&n, &p.even, &m.even, &v.even, g.even);
+        adam_lanes(&n, &p.odd, &m.odd, &v.odd, g.odd);
+        store_pairs(t->param, i, p);
+        store_pairs(t->first, i, m);
+        store_pairs(t->second, i, v);
+    }
+    return i;
+}
+#endif
+
 /* update.adam_step. The decay is subtracted with the step: 1 - 1e-8 would be 1 in float. */
 INLINE void adam_of(
     const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
@@ -172,6 +268,9 @@ INLINE void adam_of(
     const float weight = row->first_weight, rest = 1.0 - row->first_weight, shrink = 1.0 - row->decay,
                 second_decay = row->second_decay, second_weight = row->second_weight, step_size = row->step_size,
                 eps = row->eps;
+#ifdef __AVX512BW__
+    if (dtype == BFLOAT16) begin = adam_of_pairs(t, coupled, begin, end, row, clip);
+#endif
     for (int64_t i = begin; i < end; i++) {
         float p = load(t->param, i, dtype), m = load(t->first, i, dtype), v = load(t->second, i, dtype),
               g = gradient(t, i, dtype, coupled) * clip;
