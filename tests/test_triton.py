@@ -475,7 +475,11 @@ def test_without_triton_foreach_is_used(monkeypatch):
     from hf_tam.backends import foreach
 
     monkeypatch.setattr(backends, "_has_triton", lambda: False)
-    assert select_backend(torch.device("cuda"), foreach=None, fused=None, on_host=False) is foreach
+    backends._warn_of_missing_triton.cache_clear()
+    assert select_backend(torch.device("cuda"), foreach=True, fused=None, on_host=False) is foreach  # says nothing
+    with pytest.warns(RuntimeWarning, match="triton is not installed: on cuda"):
+        assert select_backend(torch.device("cuda"), foreach=None, fused=None, on_host=False) is foreach
+    assert select_backend(torch.device("cuda"), foreach=None, fused=None, on_host=False) is foreach  # once is enough
     with pytest.raises(RuntimeError, match="pip install triton"):
         select_backend(torch.device("cuda"), foreach=None, fused=True, on_host=False)
 
@@ -486,9 +490,9 @@ COMPILE = """
 import re, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_tam.backends.triton import chunks, sums_kernels, update_kernels, window_kernels
+from hf_tam.backends.triton import chunks, step_kernels, sums_kernels, update_kernels
 
-POINTERS = {"owners": "*i32", "scalars": "*fp32", "before": "*fp32", "skipped": "*i64", "keep": "*i1",
+POINTERS = {"owners": "*i32", "keeps": "*u8", "scalars": "*fp32", "before": "*fp32", "skipped": "*i64", "keep": "*i1",
             "tensors": "*i64", "grads": "*i64"}
 base = {"ALIGNED": True, "COUPLED": False, "MAXIMIZE": False}
 whole = {"LITERAL": False, "SKIP": True, "lr_pointer": None}
@@ -496,8 +500,8 @@ for dtype in (tl.float32, tl.bfloat16):
     for kernel, block, streams, options in (
         (sums_kernels.sums_kernel, chunks.SUMS_BLOCK, 2, {"NUM_SCALARS": 3}),
         (update_kernels.update_kernel, chunks.UPDATE_BLOCK, 4, {"ADAM": True}),
-        (window_kernels.adam_step_kernel, chunks.UPDATE_BLOCK, 4, whole),
-        (window_kernels.sgd_step_kernel, chunks.UPDATE_BLOCK, 3, whole),
+        (step_kernels.adam_step_kernel, chunks.UPDATE_BLOCK, 4, whole),
+        (step_kernels.sgd_step_kernel, chunks.UPDATE_BLOCK, 3, whole),
     ):
         constants = {"DTYPE": dtype, "GRAD_DTYPE": dtype, "BLOCK": block, **base, **options}
         signature = {

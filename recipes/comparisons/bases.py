@@ -1,8 +1,8 @@
 """What the comparisons of causal models start from: `python -m recipes.comparisons.bases FOLDER`.
 
-Written are FOLDER/llama and FOLDER/gpt2, small models pretrained on the embedded sentences about animals (a minute
-each), and FOLDER/animals with questions about twenty animals to train on, ten others to choose by and ten more to
-test on. With --seed_tasks, the 175 hand-written tasks of Self-Instruct (Wang et al. 2023,
+Written are FOLDER/llama, FOLDER/gpt2 and FOLDER/t5, small models pretrained on the embedded sentences about animals (a
+minute each; the T5 fills gaps in them), and FOLDER/animals with questions about twenty animals to train on, ten others
+to choose by and ten more to test on. With --seed_tasks, the 175 hand-written tasks of Self-Instruct (Wang et al. 2023,
 https://github.com/yizhongw/self-instruct, Apache 2.0), FOLDER/tasks has their instances, split by task.
 """
 
@@ -15,8 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+from transformers import set_seed
+
 from recipes.data import animals
-from recipes.support import causal_demo
+from recipes.support import causal_demo, seq2seq_demo
 
 ARCHITECTURES = ("llama", "gpt2")
 
@@ -54,6 +57,32 @@ def _instances(task: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def build_t5(folder: Path, *, num_steps: int = 1500) -> None:
+    """Teach a T5 of the seq2seq demo's size to fill gaps in the sentences, and save it with its tokenizer."""
+    clozes = animals.make_clozes()
+    questions, _ = animals.make_questions(seed=0)
+    texts = [record[key] for record in clozes for key in ("source", "target")]
+    set_seed(0)
+    tokenizer = seq2seq_demo.build_tokenizer(texts + [record["prompt"] for record in questions])
+    model = seq2seq_demo.build_model(tokenizer)
+    torch.set_num_threads(1)  # matrices too small to share
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps, cycle_momentum=False)
+    draw = random.Random(0)
+    for _ in range(num_steps):
+        rows = draw.sample(clozes, 64)
+        batch = tokenizer([row["source"] for row in rows], padding=True, return_tensors="pt")
+        labels = tokenizer([row["target"] for row in rows], padding=True, return_tensors="pt")
+        targets = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+        model(**batch, labels=targets).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write everything; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m recipes.comparisons.bases", description=__doc__.splitlines()[0])
@@ -68,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     write_splits(parsed.folder / "animals", animal_splits())
     if tasks is not None:
         write_splits(parsed.folder / "tasks", tasks)
+    build_t5(parsed.folder / "t5")
     for architecture in ARCHITECTURES:
         causal_demo.build_base(parsed.folder / architecture, architecture=architecture)
     return 0

@@ -91,6 +91,18 @@ def make_statements(*, num_rounds: int, seed: int) -> list[str]:
     return paragraphs
 
 
+def make_clozes() -> list[dict[str, str]]:
+    """Return records of `source`, a sentence about an animal with a gap, and `target`, what is missing."""
+    facts = _COLUMNS[1:]
+    return [
+        {"source": wording.format(**{**animal, fact: "<gap>"}), "target": animal[fact]}
+        for animal in animals()
+        for fact, wordings in zip(facts, _STATEMENTS, strict=True)
+        for wording in wordings
+        if "{name}" in wording
+    ]
+
+
 def make_questions(*, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return records of `prompt` and `completion`: those to train on, and those of the animals held out."""
     trained, held_out = _split(seed)

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from recipes.comparisons import bases
 from recipes.data import clinc150
@@ -19,12 +19,15 @@ def test_bases_and_questions(tmp_path, monkeypatch):
     """Both architectures are trained on the same sentences, and no animal is in two splits."""
     build = causal_demo.build_base
     monkeypatch.setattr(causal_demo, "build_base", lambda *args, **kwargs: build(*args, **kwargs, num_steps=2))
+    fill = bases.build_t5
+    monkeypatch.setattr(bases, "build_t5", lambda folder: fill(folder, num_steps=2))
     tasks = tmp_path / "seed_tasks.jsonl"
     task = {"instruction": "Add.", "instances": [{"input": "1 + 1", "output": "2"}, {"input": "", "output": "none"}]}
     tasks.write_text("".join(json.dumps(task | {"id": number}) + "\n" for number in range(60)))
     assert bases.main([str(tmp_path), "--seed_tasks", str(tasks)]) == 0
     for name, kind in (("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")):
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / name)).__name__ == kind
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5")).__name__ == "T5ForConditionalGeneration"
     splits = {name: records_of(tmp_path / "animals" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     assert {name: len(split) for name, split in splits.items()} == {"train": 240, "validation": 120, "test": 120}
     names = {name: {animal_of(record) for record in split} for name, split in splits.items()}
@@ -40,6 +43,13 @@ def animal_of(record):
         row["name"] for row in bases.animals.animals() if f" {row['name']} " in record["completion"].replace(".", " ")
     ]
     return name
+
+
+def test_gaps_are_filled_by_what_was_there():
+    records = bases.animals.make_clozes()
+    assert all(record["source"].count("<gap>") == 1 for record in records)
+    statements = " ".join(bases.animals.make_statements(num_rounds=40, seed=0))
+    assert all(record["source"].replace("<gap>", record["target"]) in statements for record in records)
 
 
 def test_a_bad_task_file_is_one_line(tmp_path, capsys):
