@@ -9,18 +9,28 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
-def convert(source: Path, folder: Path, *, domains: Path | None = None) -> dict[str, int]:
+def convert(
+    source: Path,
+    folder: Path,
+    *,
+    domains: Path | None = None,
+    train_per_intent: int | None = None,
+    eval_per_intent: int | None = None,
+) -> dict[str, int]:
     """Write the three files.
 
     Args:
         source: data_full.json, or another file of the corpus.
         folder: Where they go; made if it is not there.
         domains: domains.json, which lists the intents of each domain: then there is a column `domain` too.
+        train_per_intent: Keep the first so many of each intent to train on; None: all.
+        eval_per_intent: The same for validation and for test.
 
     Returns:
         How many records each split has.
@@ -34,13 +44,27 @@ def convert(source: Path, folder: Path, *, domains: Path | None = None) -> dict[
     listed = {} if domains is None else json.loads(domains.read_text(encoding="utf-8"))
     domain_of = {intent: domain for domain, intents in listed.items() for intent in intents}
     folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
     for name, split in SPLITS.items():
+        kept = _first(content[split], train_per_intent if name == "train" else eval_per_intent)
+        counts[name] = len(kept)
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label", *(["domain"] if domain_of else [])])
-            for text, intent in content[split]:
+            for text, intent in kept:
                 writer.writerow([text, intent, *([domain_of[intent]] if domain_of else [])])
-    return {name: len(content[split]) for name, split in SPLITS.items()}
+    return counts
+
+
+def _first(pairs: list[list[str]], count: int | None) -> list[list[str]]:
+    """The first `count` of each intent, in order."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for text, intent in pairs:
+        if count is None or seen[intent] < count:
+            kept.append([text, intent])
+        seen[intent] += 1
+    return kept
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="data_full.json")
     parser.add_argument("folder", type=Path, help="for train.csv, validation.csv and test.csv")
     parser.add_argument("--domains", type=Path, metavar="FILE", help="domains.json, for a column `domain`")
+    parser.add_argument("--train_per_intent", type=int, metavar="N", help="keep N of each intent to train on")
+    parser.add_argument("--eval_per_intent", type=int, metavar="N", help="the same for validation and test")
     parsed = parser.parse_args(argv)
     try:
-        counts = convert(parsed.source, parsed.folder, domains=parsed.domains)
+        counts = convert(**vars(parsed))
     except (OSError, ValueError, KeyError) as error:
         print(f"clinc150: {error}", file=sys.stderr)
         return 2

@@ -76,6 +76,16 @@ def test_clinc150(tmp_path, with_domains, capsys):
     assert rows[0] == ["text", "label", *(["domain"] if with_domains else [])]
 
 
+def test_clinc150_in_part(tmp_path):
+    rows = [[f"text {number}", f"intent {number % 3}"] for number in range(30)]
+    source = tmp_path / "data_full.json"
+    source.write_text(json.dumps({"train": rows, "val": rows, "test": rows}))
+    counts = clinc150.convert(source, tmp_path / "out", train_per_intent=4, eval_per_intent=2)
+    assert counts == {"train": 12, "validation": 6, "test": 6}
+    with (tmp_path / "out" / "test.csv").open(newline="") as file:
+        assert list(csv.reader(file))[1:] == rows[:6]
+
+
 def test_another_file_is_not_clinc150(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert clinc150.main([str(tmp_path / "other.json"), str(tmp_path / "out")]) == 2

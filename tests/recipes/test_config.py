@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hf_tam.cli import recipe_files
-from recipes import classify, dpo, no_trainer, seq2seq, sft, shift, vision
+from recipes import classify, domains, dpo, no_trainer, seq2seq, sft, shift, vision
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, FORMER_NAMES, flags_from_yaml, parse_recipe_arguments
 
@@ -17,6 +17,7 @@ RECIPES = {
     "seq2seq.py": seq2seq,
     "vision.py": vision,
     "shift.py": shift,
+    "domains.py": domains,
 }
 
 

@@ -1,0 +1,139 @@
+"""Train a text classifier through domains, one after the other, without a break: the optimizer goes on.
+
+    python recipes/domains.py
+    python -m recipes.data.clinc150 data_full.json clinc150 --domains domains.json
+    python recipes/domains.py --model_name_or_path FOLDER --full --train_file clinc150/train.csv
+        --validation_file clinc150/validation.csv --test_file clinc150/test.csv
+
+The first line is the demo: a tiny encoder on embedded questions to a library's help desk, whose intents come three at
+a time. Records need a column `domain` beside text and label.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
+from recipes.support import (
+    adapters,
+    classification,
+    encoder_demo,
+    encoder_task,
+    models,
+    parallel,
+    records,
+    reporting,
+    training,
+)
+from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
+from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support.domain_sequence import DomainArguments, cut, domain_metrics, domains_of, train_through
+from recipes.support.errors import RecipeError, exit_with_one_line
+from recipes.support.output import RESULTS_NAME, naming_a_full_disk
+
+DEMO_CONFIG = CONFIGS / "demo" / "domains.yaml"
+_INTENTS_A_DOMAIN = 3
+
+
+def make_parser() -> RecipeParser:
+    """Return the parser of every argument, with this recipe's defaults."""
+    parser = RecipeParser(
+        [RunArguments, ModelArguments, ClassifyDataArguments, DomainArguments, LoraArguments, TrainingArguments],
+        prog="domains.py",
+        description="Train a text classifier through a sequence of domains. Without arguments: the embedded demo.",
+    )
+    parser.set_defaults(
+        output_dir="outputs/domains",
+        optim="adatamw",
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=10,
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **precision_of_the_launch(),
+    )
+    return parser
+
+
+@exit_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; returns the exit status."""
+    started = time.perf_counter()
+    groups = parse_recipe_arguments(make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG)
+    run, model_arguments, data, sequence, lora, arguments = groups
+    if training.check_run(run, arguments) is not None or arguments.save_strategy != "no":
+        raise RecipeError("a sequence of domains is not resumed: leave --save_strategy no, and start it again.")
+    splits = load_splits(data, sequence, arguments)
+    domains = domains_of(splits["train"], sequence.domain_column)
+    names = classification.label_names(splits["train"], data)
+    set_seed(arguments.seed)
+    tokenizer, model = encoder_task.load_encoder(model_arguments, lora, names)
+    encoded = encoder_task.encode_splits(splits, data, tokenizer, names)
+    parts = {name: cut(splits[name], encoded[name], sequence.domain_column, domains) for name in splits}
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=parts["train"][0],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    adapters.use_loraplus(trainer, lora)
+    prefixes = {"validation": "eval", "test": "test"}
+    metrics = {
+        key: value
+        for name, values in train_through(trainer, domains, parts).items()
+        for key, value in domain_metrics(values, prefix=prefixes[name]).items()
+    }
+    output_dir = Path(arguments.output_dir)
+    facts = reporting.describe_run(
+        trainer.optimizer,
+        models.count_parameters(model),
+        strategy=parallel.describe_strategy(trainer.accelerator),
+        num_records=len(encoded["train"]),
+        num_steps=sum(_steps(trainer, len(part)) for part in parts["train"]),
+        seconds=time.perf_counter() - started,
+    )
+    with naming_a_full_disk(output_dir):
+        if trainer.is_world_process_zero():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics}, groups)
+            shown = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+            reporting.print_table(f"domains: {output_dir}", {**facts, **shown})
+    parallel.leave_group(trainer.accelerator)
+    return 0
+
+
+def load_splits(
+    data: ClassifyDataArguments, sequence: DomainArguments, arguments: TrainingArguments
+) -> dict[str, records.Records]:
+    """Load the splits as `classify.py` does; the demo's get a domain for every three intents.
+
+    Raises:
+        RecipeError: as there.
+    """
+    splits = encoder_task.load_splits(data, arguments)
+    if data.dataset_name != DEMO or sequence.domain_column in splits["train"].dataset.column_names:
+        return splits
+    intents = sorted({row["label"] for row in encoder_demo.demo_records()[0].dataset})
+    domain_of = {intent: f"domain {index // _INTENTS_A_DOMAIN}" for index, intent in enumerate(intents)}
+    return {name: _with_domain(split, sequence.domain_column, domain_of) for name, split in splits.items()}
+
+
+def _with_domain(split: records.Records, column: str, domain_of: dict[str, str]) -> records.Records:
+    domains = [domain_of[label] for label in split.dataset["label"]]
+    return records.Records(split.dataset.add_column(column, domains), split.source)
+
+
+def _steps(trainer: Trainer, num_records: int) -> int:
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    return int(trainer.args.num_train_epochs * -(-num_records // trainer.args.train_batch_size))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
