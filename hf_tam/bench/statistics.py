@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 __all__ = ["Ratio", "pair_ratio"]
 
-_CONFIDENCE = 0.95
+_ONE_IN = 20
+"""How seldom the interval may miss: a confidence of 95%."""
 
 
 class Ratio(NamedTuple):
@@ -46,7 +47,8 @@ def pair_ratio(seconds: Sequence[float], baseline_seconds: Sequence[float]) -> R
     # The rank'th value from below is above the median with probability P(Binomial(count, 1/2) < rank).
     outside = 1
     rank = 1
-    while rank < (count + 1) // 2 and 2 * (outside + comb(count, rank)) <= (1.0 - _CONFIDENCE) * 2**count:
+    # In whole numbers: 2^count is no float from 1024 pairs on.
+    while rank < (count + 1) // 2 and 2 * (outside + comb(count, rank)) * _ONE_IN <= 2**count:
         outside += comb(count, rank)
         rank += 1
-    return Ratio(median(ratios), ratios[rank - 1], ratios[count - rank], max(0.0, 1.0 - 2.0 * outside / 2**count))
+    return Ratio(median(ratios), ratios[rank - 1], ratios[count - rank], max(0.0, 1.0 - 2 * outside / 2**count))

@@ -204,6 +204,16 @@ def test_the_interval_lies_between_order_statistics(count, ranks, coverage):
     assert ratio.median == median(seconds)
 
 
+def test_thousands_of_pairs_have_an_interval():
+    """As the normal approximation has it: 1.96 * sqrt(n) / 2 ranks on either side of the middle."""
+    seconds = [1.0 + index for index in range(3001)]
+    ratio = pair_ratio(seconds, [1.0] * 3001)
+    assert ratio.median == 1501.0
+    assert abs(ratio.low - (1501 - 0.98 * 3001**0.5)) <= 1.5
+    assert abs(ratio.high - (1501 + 0.98 * 3001**0.5)) <= 1.5
+    assert 0.95 <= ratio.coverage < 0.953
+
+
 def test_ratios_are_taken_pair_by_pair():
     # a machine that becomes slower and slower: the ratio of the medians would be the same by luck only
     assert pair_ratio([2.0, 4.0, 8.0], [1.0, 4.0, 16.0]).median == 1.0

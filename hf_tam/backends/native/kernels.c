@@ -21,7 +21,7 @@
 enum { FLOAT32, BFLOAT16 };
 enum {
     CHUNK = 8192,              /* elements */
-    CHUNKS_WORTH_A_THREAD = 8, /* starting one takes as long as the update of about 3 */
+    WORTH_A_THREAD = 1 << 16,  /* elements; starting one takes as long as the update of 25,000, more if cores are busy */
     BYTES_TO_SPLIT = 4 << 20,  /* a tensor of more is shared by the threads: what its sums have read would be gone */
     LANES = 16,                /* sums side by side */
     BLOCK = 512,               /* elements summed in float, BLOCK / LANES terms a lane, before the sum becomes double */
@@ -338,8 +338,8 @@ static void run(void *(*work)(void *), void *shares, size_t size, int64_t thread
         else work((char *)shares + i * size);
 }
 
-INLINE int64_t worthwhile(int64_t threads, int64_t chunks) {
-    int64_t most = chunks / CHUNKS_WORTH_A_THREAD < MAX_THREADS ? chunks / CHUNKS_WORTH_A_THREAD : MAX_THREADS;
+INLINE int64_t worthwhile(int64_t threads, int64_t elements) {
+    int64_t most = elements / WORTH_A_THREAD < MAX_THREADS ? elements / WORTH_A_THREAD : MAX_THREADS;
     threads = threads < most ? threads : most;
     return threads > 1 ? threads : 1;
 }
@@ -380,10 +380,11 @@ static void *take_chunks(void *argument) {
 static int pass_over(job *job, int64_t threads, double *rows) {
     job->starts = malloc((job->count + 1) * sizeof *job->starts);
     if (!job->starts) return 1;
-    int64_t chunks = 0;
+    int64_t chunks = 0, elements = 0;
     for (int64_t i = 0; i < job->count; i++) {
         job->starts[i] = chunks;
         chunks += num_chunks(&job->tensors[i]);
+        elements += job->tensors[i].count;
     }
     job->starts[job->count] = chunks;
     if (rows && !(job->sums = malloc((COLUMNS * chunks + 1) * sizeof *job->sums))) {
@@ -391,7 +392,7 @@ static int pass_over(job *job, int64_t threads, double *rows) {
         return 1;
     }
     chunk_share shares[MAX_THREADS];
-    threads = worthwhile(threads, chunks);
+    threads = worthwhile(threads, elements);
     for (int64_t i = 0; i < threads; i++)
         shares[i] = (chunk_share){job, chunks * i / threads, chunks * (i + 1) / threads};
     run(take_chunks, shares, sizeof *shares, threads);
@@ -520,12 +521,12 @@ int hf_tam_step(
 ) {
     step step = {tensors, count, 0, settings, scalars, reports};
     void *shares[MAX_THREADS];
-    int64_t chunks = 0;
+    int64_t elements = 0;
     for (int64_t at = 0; at < count; at++) {
-        if (!is_split(&tensors[at])) chunks += num_chunks(&tensors[at]);
+        if (!is_split(&tensors[at])) elements += tensors[at].count;
         else if (take_together(&step, at, threads)) return 1;
     }
-    threads = worthwhile(threads, chunks);
+    threads = worthwhile(threads, elements);
     for (int64_t i = 0; i < threads; i++) shares[i] = &step;
     run(take_tensors, shares, sizeof *shares, threads);
     return 0;
