@@ -24,17 +24,14 @@ from recipes.support import (
     classification,
     encoder_demo,
     encoder_task,
-    models,
-    parallel,
     records,
-    reporting,
+    sequence_report,
     training,
 )
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.domain_sequence import DomainArguments, cut, domain_metrics, domains_of, train_through
 from recipes.support.errors import RecipeError, exit_with_one_line
-from recipes.support.output import RESULTS_NAME, naming_a_full_disk
 
 DEMO_CONFIG = CONFIGS / "demo" / "domains.yaml"
 _INTENTS_A_DOMAIN = 3
@@ -83,28 +80,13 @@ def main(argv: list[str] | None = None) -> int:
         data_collator=DataCollatorWithPadding(tokenizer),
     )
     adapters.use_loraplus(trainer, lora)
-    prefixes = {"validation": "eval", "test": "test"}
-    metrics = {
-        key: value
-        for name, values in train_through(trainer, domains, parts).items()
-        for key, value in domain_metrics(values, prefix=prefixes[name]).items()
-    }
-    output_dir = Path(arguments.output_dir)
-    facts = reporting.describe_run(
-        trainer.optimizer,
-        models.count_parameters(model),
-        strategy=parallel.describe_strategy(trainer.accelerator),
-        num_records=len(encoded["train"]),
-        num_steps=sum(_steps(trainer, len(part)) for part in parts["train"]),
-        seconds=time.perf_counter() - started,
-    )
-    with naming_a_full_disk(output_dir):
-        if trainer.is_world_process_zero():
-            output_dir.mkdir(parents=True, exist_ok=True)
-            reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics}, groups)
-            shown = {name: value for name, value in metrics.items() if not isinstance(value, list)}
-            reporting.print_table(f"domains: {output_dir}", {**facts, **shown})
-    parallel.leave_group(trainer.accelerator)
+    accuracies = train_through(trainer, domains, parts)
+    num_steps = sum(_steps(trainer, len(part)) for part in parts["train"])
+    num_records = len(encoded["train"])
+    sequence_report.report(
+        "domains", trainer, accuracies, domain_metrics, groups,
+        num_steps=num_steps, num_records=num_records, started=started,
+    )  # fmt: skip
     return 0
 
 

@@ -18,12 +18,11 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import image_data, image_model, models, parallel, reporting, training
+from recipes.support import image_data, image_model, sequence_report, training
 from recipes.support.arguments import RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.label_shift import Labels, sequence_metrics, train_through
-from recipes.support.output import RESULTS_NAME, naming_a_full_disk
 from recipes.support.task_arguments import VisionDataArguments, VisionModelArguments
 
 DEMO_CONFIG = CONFIGS / "demo" / "shift.yaml"
@@ -86,28 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     encoded = {name: image_data.encode(split, processor) for name, split in splits.items()}
     trainer = Trainer(model=model, args=arguments, train_dataset=encoded["train"], processing_class=processor)
     accuracies = train_through(trainer, labels, {name: encoded[name] for name in encoded if name != "train"})
-    prefixes = {"validation": "eval", "test": "test"}
-    metrics = {
-        key: value
-        for name, values in accuracies.items()
-        for key, value in sequence_metrics(values, prefix=prefixes[name]).items()
-    }
-    output_dir = Path(arguments.output_dir)
-    facts = reporting.describe_run(
-        trainer.optimizer,
-        models.count_parameters(model),
-        strategy=parallel.describe_strategy(trainer.accelerator),
-        num_records=len(encoded["train"]),
-        num_steps=shift.num_tasks * trainer.state.global_step,
-        seconds=time.perf_counter() - started,
-    )
-    with naming_a_full_disk(output_dir):
-        if trainer.is_world_process_zero():
-            output_dir.mkdir(parents=True, exist_ok=True)
-            reporting.write_results(output_dir / RESULTS_NAME, {**facts, **metrics}, groups)
-            shown = {name: value for name, value in metrics.items() if not isinstance(value, list)}
-            reporting.print_table(f"shift: {output_dir}", {**facts, **shown})
-    parallel.leave_group(trainer.accelerator)
+    num_steps = shift.num_tasks * trainer.state.global_step
+    num_records = len(encoded["train"])
+    sequence_report.report(
+        "shift", trainer, accuracies, sequence_metrics, groups,
+        num_steps=num_steps, num_records=num_records, started=started,
+    )  # fmt: skip
     return 0
 
 
