@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     samples["before"] = write(trainer, shown)
     metrics = training.train(trainer, run, resume_from=resume_from)
     for split, prefix in (("validation", "eval"), ("test", "test")):
-        if split in encoded:
+        # where there is test data, validation data has been measured during training
+        if split in encoded and (split == "test" or "test" not in encoded or arguments.eval_strategy == "no"):
             metrics |= text_metrics.without_timing(trainer.evaluate(encoded[split], metric_key_prefix=prefix))
     samples["after"] = write(trainer, shown)
     with naming_a_full_disk(output_dir):

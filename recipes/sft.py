@@ -108,7 +108,6 @@ def main(argv: list[str] | None = None) -> int:
     metrics = training.train(trainer, run, resume_from=resume_from)
     metrics |= last_evaluation(trainer)
     if test is not None:
-        (_, test), _ = sft_data.make_batches((test, test), data, tokenizer)
         metrics |= _without_timing(trainer.evaluate(test, metric_key_prefix="test"))
     samples["after"] = generation.complete(trainer.model, tokenizer, prompts)
     facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started, num_records=len(train))

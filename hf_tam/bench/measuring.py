@@ -211,7 +211,11 @@ def measure(stand: Stand, workload: Workload, settings: Settings) -> dict[str, A
         on_device = _in_turns(pairs, settings.rounds, lambda name: runners[name].time_on_device(stand, host[name]))
     copies.append(stand.time_copy())
     if stand.ranks is not None:
-        seconds = {pair: (stand.ranks.slowest(a), stand.ranks.slowest(b)) for pair, (a, b) in seconds.items()}
+        slowest = stand.ranks.slowest
+        seconds, on_device = (
+            {pair: (slowest(mine), slowest(theirs)) for pair, (mine, theirs) in times.items()}
+            for times in (seconds, on_device)
+        )
     copy_rate = sum(copies) / len(copies)
     rows = [
         _row(pair, [runners[name] for name in pair], seconds[pair], workload, copy_rate * settings.processes, settings)

@@ -51,13 +51,14 @@ def encode_splits(
 def encode_test(
     name: str, data: SftDataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> Dataset:
-    """Load and tokenise the file that is measured at the end, as `encode_splits` does the others.
+    """Load and tokenise the file that is measured at the end, and with `packing` pack it, as is done with the others.
 
     Raises:
         RecipeError: the file is bad.
     """
     context_length = getattr(config, "max_position_embeddings", None)
-    return completion.encode_records(records.load_file(name), data, tokenizer, context_length=context_length)
+    test = completion.encode_records(records.load_file(name), data, tokenizer, context_length=context_length)
+    return packing.pack(test, max(data.max_length, *packing.lengths(test))) if data.packing else test
 
 
 def make_batches(

@@ -223,6 +223,7 @@ typedef struct {
     int is_near_grad, is_negated, decays, clips;
 } adam_numbers;
 
+/* The decay is a factor here: what fp32 does not see of it, bf16 does not either. */
 INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, __m512 g) {
     if (n->is_negated) g = _mm512_sub_ps(_mm512_setzero_ps(), g);
     if (n->decays) g = _mm512_fmadd_ps(n->decay, *p, g);

@@ -2,8 +2,8 @@
 
 `partial_sums` and `adam` or `sgd` are the general path, whatever happens to the sums in between. Where nothing does,
 `whole_adam` and `whole_sgd` take the step in two launches. To launch tensors in stretches that stay in the L2 cache
-between the two was measured on an H100 (recipes/results/gpu-windows.txt) and was slower in every case: the ends of the
-launches cost more than the cache gives.
+between the two was measured on an H100 (recipes/results/gpu-windows.txt) and took the device longer in every case: the
+ends of the launches cost more than the cache gives.
 
 Kernels walk raw pointers. Tensors that do not share one dense layout and dtype go to `single`; a gradient in another
 memory order than its parameter is copied. fp16 and bf16 are computed in fp32 and rounded once.
