@@ -4,7 +4,7 @@
  * below 1e-6 of the sum of the absolute terms), or in double where float might overflow or lose small terms: what is
  * not finite in a sum was not finite in the tensors. The sums of the blocks are added up in double, in the order of
  * blocks and chunks, so they do not depend on the number of threads. bf16 is computed in float and rounded once, to
- * nearest even.
+ * nearest even; where the CPU has instructions for bf16, these take what is below 2^-126 for 0.
  */
 #include <math.h>
 #ifdef __AVX512BW__
@@ -107,9 +107,25 @@ enum { DOT, FIRST_SQ, GRAD_SQ, RAW_SQ, COLUMNS, COSINE = COLUMNS, DAMPING, REPOR
 /* Whether float holds a sum of squares: nothing has overflowed, and what was lost is nothing beside the rest. */
 INLINE int is_safe(double square) { return 1e-24 < square && square < 1e36; }
 
+#ifdef __AVX512BF16__
+/* The sums, and the products of 32 numbers of bf16 each, which float holds exactly, two a lane. */
+INLINE floats plus_products(floats sums, const void *left, const void *right, int64_t i) {
+    __m512bh a = (__m512bh)_mm512_loadu_si512((const uint16_t *)left + i),
+             b = (__m512bh)_mm512_loadu_si512((const uint16_t *)right + i);
+    return (floats)_mm512_dpbf16_ps((__m512)sums, a, b);
+}
+#endif
+
 INLINE void sums_of_block(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, double *out) {
     const float sign = t->negated ? -1.0f : 1.0f, decay = t->decay;
     floats dot = {0}, first_sq = {0}, grad_sq = {0}, raw_sq = {0};
+#ifdef __AVX512BF16__
+    for (; dtype == BFLOAT16 && !coupled && begin < end; begin += 2 * LANES) {
+        dot = plus_products(dot, t->first, t->grad, begin);
+        first_sq = plus_products(first_sq, t->first, t->first, begin);
+        grad_sq = plus_products(grad_sq, t->grad, t->grad, begin);
+    }
+#endif
     for (int64_t i = begin, count; i < end; i += count * LANES) {
         floats m[2], raw[2], p[2];
         count = load_unordered(t->first, i, dtype, m);
@@ -164,8 +180,13 @@ INLINE void square_of(const tensor *t, int dtype, int64_t begin, int64_t end, do
     for (int64_t i = begin; i < end; i += BLOCK) {
         double sums[COLUMNS] = {0.0};
         if (end - i >= BLOCK) {
+            int64_t at = i;
             floats lanes = {0}, g[2];
-            for (int64_t at = i, count; at < i + BLOCK; at += count * LANES) {
+#ifdef __AVX512BF16__
+            for (; dtype == BFLOAT16 && at < i + BLOCK; at += 2 * LANES)
+                lanes = plus_products(lanes, t->grad, t->grad, at);
+#endif
+            for (int64_t count; at < i + BLOCK; at += count * LANES) {
                 count = load_unordered(t->grad, at, dtype, g);
                 for (int of = 0; of < count; of++) lanes += g[of] * g[of];
             }
@@ -192,6 +213,15 @@ INLINE pairs load_pairs(const void *base, int64_t i) {
                    _mm512_castsi512_ps(_mm512_and_si512(words_, _mm512_set1_epi32((int)0xffff0000)))};
 }
 
+#ifdef __AVX512BF16__
+INLINE void store_pairs(void *base, int64_t i, pairs values) {
+    static const uint16_t in_turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(values.odd, values.even);
+    halves = _mm512_permutexvar_epi16(_mm512_loadu_si512(in_turns), halves);
+    _mm512_storeu_si512((uint16_t *)base + i, halves);
+}
+#else
 /* To the nearest bf16, or the even one of two, in the upper halves; what the lower ones hold is of no account. A NaN
  * stays one: those that came from bf16, or out of arithmetic, have zeros below, and nothing is carried up. */
 INLINE __m512i rounded(__m512 values) {
@@ -205,18 +235,7 @@ INLINE void store_pairs(void *base, int64_t i, pairs values) {
     __m512i even = _mm512_srli_epi32(rounded(values.even), 16), odd = rounded(values.odd);
     _mm512_storeu_si512((uint16_t *)base + i, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, odd));
 }
-
-/* 1 / (sqrt(v) + eps), right to 2^-22 where that is enough. */
-INLINE __m512 scale_of(__m512 v, __m512 eps) {
-    const __m512 least = _mm512_set1_ps(1e-30f), most = _mm512_set1_ps(1e30f);
-    __mmask16 is_usual = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, most, _CMP_LE_OQ);
-    if (__builtin_expect(is_usual != 0xffff, 0))
-        return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_sqrt_ps(v), eps));
-    __m512 r = _mm512_rsqrt14_ps(v), half = _mm512_mul_ps(_mm512_set1_ps(0.5f), v);
-    r = _mm512_mul_ps(r, _mm512_fnmadd_ps(half, _mm512_mul_ps(r, r), _mm512_set1_ps(1.5f)));
-    __m512 denominator = _mm512_fmadd_ps(v, r, eps), q = _mm512_rcp14_ps(denominator);
-    return _mm512_mul_ps(q, _mm512_fnmadd_ps(denominator, q, _mm512_set1_ps(2.0f)));
-}
+#endif
 
 typedef struct {
     __m512 weight, rest, keep, second_decay, second_weight, step_size, eps, clip, decay;
@@ -231,7 +250,9 @@ INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, _
     __m512 way = _mm512_sub_ps(g, *m);
     *m = n->is_near_grad ? _mm512_fnmadd_ps(way, n->rest, g) : _mm512_fmadd_ps(way, n->weight, *m);
     *v = _mm512_fmadd_ps(_mm512_mul_ps(g, n->second_weight), g, _mm512_mul_ps(*v, n->second_decay));
-    *p = _mm512_fmsub_ps(*p, n->keep, _mm512_mul_ps(_mm512_mul_ps(*m, n->step_size), scale_of(*v, n->eps)));
+    /* The divider works beside the rest: approximations that Newton's steps improve take longer. */
+    __m512 direction = _mm512_div_ps(*m, _mm512_add_ps(_mm512_sqrt_ps(*v), n->eps));
+    *p = _mm512_fmsub_ps(*p, n->keep, _mm512_mul_ps(direction, n->step_size));
 }
 
 /* Returns the first element that is left to do. */

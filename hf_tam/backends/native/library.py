@@ -32,6 +32,7 @@ _INSTRUCTION_SETS = {  # those of torch.backends.cpu.get_cpu_capability()
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
 }
+_BFLOAT16 = ("-mavx512bf16",)
 _TIMEOUT = 120.0
 """Seconds for the compiler, which takes less than one."""
 
@@ -96,7 +97,14 @@ def _compiler() -> list[str]:
 def _instruction_set() -> tuple[str, ...]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return ()
-    return _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ())
+    name = torch.backends.cpu.get_cpu_capability()
+    return _INSTRUCTION_SETS.get(name, ()) + (_BFLOAT16 if name == "AVX512" and _has_bfloat16() else ())
+
+
+def _has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bf16; False with a torch that does not say."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16", False))
 
 
 def _cache_folder() -> Path:
