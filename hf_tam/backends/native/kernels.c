@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,7 +23,9 @@ enum { FLOAT32, BFLOAT16 };
 enum {
     CHUNK = 8192,              /* elements */
     WORTH_A_THREAD = 1 << 16,  /* elements; starting one takes as long as the update of 25,000, more if cores are busy */
-    BYTES_TO_SPLIT = 4 << 20,  /* a tensor of more is shared by the threads: what its sums have read would be gone */
+    BYTES_TO_SHARE = 4 << 20,  /* a tensor of more is shared by the threads: what its sums have read would be gone */
+    RUN = 4,                   /* chunks that a thread takes of it at a time */
+    PATIENCE = 1000,           /* looks at what another thread has yet to do, before others may have the core */
     LANES = 16,                /* sums side by side */
     BLOCK = 512,               /* elements summed in float, BLOCK / LANES terms a lane, before the sum becomes double */
     MAX_THREADS = 256
@@ -457,6 +460,9 @@ typedef struct {
     const settings *settings;
     float *scalars;  /* rows step, exp_avg_scale (Adam's only) and torque, a column a tensor */
     double *reports; /* REPORTS for each tensor */
+    int64_t num_shared;
+    struct shared *shared;
+    double *sums; /* COLUMNS for each chunk of a shared tensor: the next one's sums begin when these are added up */
 } step;
 
 typedef union {
@@ -503,53 +509,91 @@ INLINE pass update_by(const step *step, const coefficients *numbers) {
     return pass;
 }
 
-INLINE int is_split(const tensor *t) { return t->count * (t->dtype == FLOAT32 ? 4 : 2) > BYTES_TO_SPLIT; }
+/* A tensor that the threads share. Each takes some chunks at a time, first of the sums, and goes on to the update when
+ * all sums are there, whoever took them: nothing depends on how many threads have come. */
+typedef struct shared {
+    int64_t at, next_sum, summed, next_update; /* `at` is the tensor's place; the others are counted in chunks */
+    int is_ready, is_kept;                     /* the step's numbers are there; it is not left out */
+    coefficients numbers;
+} shared;
+
+INLINE int is_shared(const tensor *t) { return t->count * (t->dtype == FLOAT32 ? 4 : 2) > BYTES_TO_SHARE; }
+
+static void finish_sums(const step *step, shared *mine, int64_t chunks) {
+    double *report = step->reports + REPORTS * mine->at;
+    for (int column = 0; column < COLUMNS; column++) {
+        report[column] = 0.0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) report[column] += step->sums[COLUMNS * chunk + column];
+    }
+    mine->is_kept = advance(step, mine->at, &mine->numbers);
+    __atomic_store_n(&mine->is_ready, 1, __ATOMIC_RELEASE);
+}
+
+static void take_part(const step *step, shared *mine) {
+    const tensor *t = &step->tensors[mine->at];
+    const int64_t chunks = num_chunks(t);
+    for (int64_t begin; (begin = __atomic_fetch_add(&mine->next_sum, RUN, __ATOMIC_RELAXED)) < chunks;) {
+        int64_t end = begin + RUN < chunks ? begin + RUN : chunks;
+        for (int64_t chunk = begin; chunk < end; chunk++)
+            visit(t, chunk, &(pass){.sums = step->sums + COLUMNS * chunk});
+        if (__atomic_add_fetch(&mine->summed, end - begin, __ATOMIC_ACQ_REL) == chunks) finish_sums(step, mine, chunks);
+    }
+    for (int turns = 0; !__atomic_load_n(&mine->is_ready, __ATOMIC_ACQUIRE); turns++)
+        if (turns > PATIENCE) sched_yield();
+    if (!mine->is_kept) return;
+    const pass update = update_by(step, &mine->numbers);
+    /* The last chunks first: they are what the cache still holds. */
+    for (int64_t begin; (begin = __atomic_fetch_add(&mine->next_update, RUN, __ATOMIC_RELAXED)) < chunks;)
+        for (int64_t chunk = begin; chunk < begin + RUN && chunk < chunks; chunk++) visit(t, chunks - 1 - chunk, &update);
+}
+
+static void take_whole(const step *step, int64_t at) {
+    const tensor *t = &step->tensors[at];
+    int64_t chunks = num_chunks(t);
+    double *report = step->reports + REPORTS * at, sums[COLUMNS];
+    for (int column = 0; column < COLUMNS; column++) report[column] = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        visit(t, chunk, &(pass){.sums = sums});
+        for (int column = 0; column < COLUMNS; column++) report[column] += sums[column];
+    }
+    coefficients numbers;
+    if (!advance(step, at, &numbers)) return;
+    const pass update = update_by(step, &numbers);
+    while (chunks-- > 0) visit(t, chunks, &update); /* the last first here too */
+}
 
 static void *take_tensors(void *argument) {
     step *step = *(void **)argument;
-    for (;;) {
-        int64_t at = __atomic_fetch_add(&step->next, 1, __ATOMIC_RELAXED);
-        if (at >= step->count) return NULL;
-        const tensor *t = &step->tensors[at];
-        int64_t chunks = num_chunks(t);
-        if (is_split(t)) continue; /* taken by all threads together */
-        double *report = step->reports + REPORTS * at, sums[COLUMNS];
-        for (int column = 0; column < COLUMNS; column++) report[column] = 0.0;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            visit(t, chunk, &(pass){.sums = sums});
-            for (int column = 0; column < COLUMNS; column++) report[column] += sums[column];
-        }
-        coefficients numbers;
-        if (!advance(step, at, &numbers)) continue;
-        const pass update = update_by(step, &numbers);
-        /* The last chunk first: it is what the cache still holds. */
-        while (chunks-- > 0) visit(t, chunks, &update);
-    }
-}
-
-static int take_together(step *step, int64_t at, int64_t threads) {
-    const tensor *t = &step->tensors[at];
-    coefficients numbers;
-    if (pass_over(&(job){.tensors = t, .count = 1}, threads, step->reports + REPORTS * at)) return 1;
-    if (!advance(step, at, &numbers)) return 0;
-    pass update = update_by(step, &numbers);
-    job job = {.tensors = t, .count = 1, .adam = update.adam, .sgd = update.sgd, .clip = update.clip};
-    return pass_over(&job, threads, NULL);
+    for (int64_t i = 0; i < step->num_shared; i++) take_part(step, &step->shared[i]);
+    for (int64_t at; (at = __atomic_fetch_add(&step->next, 1, __ATOMIC_RELAXED)) < step->count;)
+        if (!is_shared(&step->tensors[at])) take_whole(step, at);
+    return NULL;
 }
 
 /* Returns 0, or 1 where there is no memory. */
 int hf_tam_step(
     const tensor *tensors, int64_t count, int64_t threads, const settings *settings, float *scalars, double *reports
 ) {
-    step step = {tensors, count, 0, settings, scalars, reports};
-    void *shares[MAX_THREADS];
-    int64_t elements = 0;
+    int64_t elements = 0, chunks = 0, num_shared = 0;
     for (int64_t at = 0; at < count; at++) {
-        if (!is_split(&tensors[at])) elements += tensors[at].count;
-        else if (take_together(&step, at, threads)) return 1;
+        elements += tensors[at].count;
+        if (!is_shared(&tensors[at])) continue;
+        num_shared++;
+        if (num_chunks(&tensors[at]) > chunks) chunks = num_chunks(&tensors[at]);
     }
-    threads = worthwhile(threads, elements);
-    for (int64_t i = 0; i < threads; i++) shares[i] = &step;
-    run(take_tensors, shares, sizeof *shares, threads);
-    return 0;
+    step step = {tensors, count, 0, settings, scalars, reports, num_shared, NULL, NULL};
+    step.shared = calloc(num_shared + 1, sizeof *step.shared);
+    step.sums = malloc((COLUMNS * chunks + 1) * sizeof *step.sums);
+    int is_out_of_memory = !step.shared || !step.sums;
+    if (!is_out_of_memory) {
+        for (int64_t at = 0, i = 0; at < count; at++)
+            if (is_shared(&tensors[at])) step.shared[i++].at = at;
+        void *shares[MAX_THREADS];
+        threads = worthwhile(threads, elements);
+        for (int64_t i = 0; i < threads; i++) shares[i] = &step;
+        run(take_tensors, shares, sizeof *shares, threads);
+    }
+    free(step.shared);
+    free(step.sums);
+    return is_out_of_memory;
 }

@@ -103,7 +103,7 @@ def _instruction_set() -> tuple[str, ...]:
 
 def _has_bfloat16() -> bool:
     """Whether the CPU has instructions for bf16; False with a torch that does not say."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16", False))
 
 
