@@ -24,9 +24,10 @@ enum {
     CHUNK = 8192,              /* elements */
     WORTH_A_THREAD = 1 << 16,  /* elements; starting one takes as long as the update of 25,000, more if cores are busy */
     BYTES_TO_SHARE = 4 << 20,  /* a tensor of more is shared by the threads: what its sums have read would be gone */
-    RUN = 4,                   /* chunks that a thread takes of it at a time */
+    RUN = 16,                  /* chunks that a thread takes of it at a time */
     PATIENCE = 1000,           /* looks at what another thread has yet to do, before others may have the core */
     LANES = 16,                /* sums side by side */
+    AHEAD = 2048,              /* bytes to fetch ahead: what the CPU does by itself ends with a page of 4,096 */
     BLOCK = 512,               /* elements summed in float, BLOCK / LANES terms a lane, before the sum becomes double */
     MAX_THREADS = 256
 };
@@ -49,6 +50,19 @@ typedef struct {
 typedef struct {
     double momentum, gain, step_size;
 } sgd_row;
+
+/* Ask for what is AHEAD of place i, once a line of 64 bytes. */
+INLINE void fetch_ahead(const void *base, int64_t i, int dtype) {
+    int64_t byte = i * (dtype == FLOAT32 ? 4 : 2);
+    if (byte % 64 == 0) __builtin_prefetch((const char *)base + byte + AHEAD);
+}
+
+INLINE void fetch_all_ahead(const tensor *t, int64_t i, int dtype) {
+    fetch_ahead(t->param, i, dtype);
+    fetch_ahead(t->grad, i, dtype);
+    fetch_ahead(t->first, i, dtype);
+    if (t->second) fetch_ahead(t->second, i, dtype);
+}
 
 INLINE float load(const void *base, int64_t i, int dtype) {
     if (dtype == FLOAT32) return ((const float *)base)[i];
@@ -124,6 +138,8 @@ INLINE void sums_of_block(const tensor *t, int dtype, int coupled, int64_t begin
     floats dot = {0}, first_sq = {0}, grad_sq = {0}, raw_sq = {0};
 #ifdef __AVX512BF16__
     for (; dtype == BFLOAT16 && !coupled && begin < end; begin += 2 * LANES) {
+        fetch_ahead(t->first, begin, dtype);
+        fetch_ahead(t->grad, begin, dtype);
         dot = plus_products(dot, t->first, t->grad, begin);
         first_sq = plus_products(first_sq, t->first, t->first, begin);
         grad_sq = plus_products(grad_sq, t->grad, t->grad, begin);
@@ -131,6 +147,8 @@ INLINE void sums_of_block(const tensor *t, int dtype, int coupled, int64_t begin
 #endif
     for (int64_t i = begin, count; i < end; i += count * LANES) {
         floats m[2], raw[2], p[2];
+        fetch_ahead(t->first, i, dtype);
+        fetch_ahead(t->grad, i, dtype);
         count = load_unordered(t->first, i, dtype, m);
         load_unordered(t->grad, i, dtype, raw);
         if (coupled) load_unordered(t->param, i, dtype, p);
@@ -273,6 +291,7 @@ INLINE int64_t adam_of_pairs(
     };
     int64_t i = begin;
     for (; i + 32 <= end; i += 32) {
+        fetch_all_ahead(t, i, BFLOAT16);
         pairs p = load_pairs(t->param, i), m = load_pairs(t->first, i), v = load_pairs(t->second, i),
               g = load_pairs(t->grad, i);
         adam_lanes(&n, &p.even, &m.even, &v.even, g.even);
@@ -285,39 +304,58 @@ INLINE int64_t adam_of_pairs(
 }
 #endif
 
+typedef struct {
+    float weight, rest, shrink, second_decay, second_weight, step_size, eps, clip;
+    int is_near_grad; /* a lerp starts from the nearer end */
+} adam_floats;
+
 /* update.adam_step. The decay is subtracted with the step: 1 - 1e-8 would be 1 in float. */
+INLINE void adam_at(const tensor *t, int dtype, int coupled, int64_t i, const adam_floats *n) {
+    float p = load(t->param, i, dtype), m = load(t->first, i, dtype), v = load(t->second, i, dtype),
+          g = gradient(t, i, dtype, coupled) * n->clip;
+    m = n->is_near_grad ? g - (g - m) * n->rest : m + (g - m) * n->weight;
+    v = v * n->second_decay + g * n->second_weight * g;
+    p -= p * n->shrink + m / (sqrtf(v) + n->eps) * n->step_size;
+    store(t->param, i, dtype, p);
+    store(t->first, i, dtype, m);
+    store(t->second, i, dtype, v);
+}
+
 INLINE void adam_of(
     const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
 ) {
-    const int is_near_grad = row->first_weight >= 0.5; /* a lerp starts from the nearer end */
-    const float weight = row->first_weight, rest = 1.0 - row->first_weight, shrink = 1.0 - row->decay,
-                second_decay = row->second_decay, second_weight = row->second_weight, step_size = row->step_size,
-                eps = row->eps;
+    const adam_floats n = {
+        .weight = row->first_weight, .rest = 1.0 - row->first_weight, .shrink = 1.0 - row->decay,
+        .second_decay = row->second_decay, .second_weight = row->second_weight, .step_size = row->step_size,
+        .eps = row->eps, .clip = clip, .is_near_grad = row->first_weight >= 0.5,
+    };
 #ifdef __AVX512BW__
     if (dtype == BFLOAT16) begin = adam_of_pairs(t, coupled, begin, end, row, clip);
 #endif
-    for (int64_t i = begin; i < end; i++) {
-        float p = load(t->param, i, dtype), m = load(t->first, i, dtype), v = load(t->second, i, dtype),
-              g = gradient(t, i, dtype, coupled) * clip;
-        m = is_near_grad ? g - (g - m) * rest : m + (g - m) * weight;
-        v = v * second_decay + g * second_weight * g;
-        p -= p * shrink + m / (sqrtf(v) + eps) * step_size;
-        store(t->param, i, dtype, p);
-        store(t->first, i, dtype, m);
-        store(t->second, i, dtype, v);
+    for (; begin + LANES <= end; begin += LANES) {
+        fetch_all_ahead(t, begin, dtype);
+        for (int64_t i = begin; i < begin + LANES; i++) adam_at(t, dtype, coupled, i, &n);
     }
+    for (; begin < end; begin++) adam_at(t, dtype, coupled, begin, &n);
 }
 
 /* update.sgd_step. */
+INLINE void sgd_at(const tensor *t, int dtype, int coupled, int64_t i, const sgd_row *row, float clip) {
+    const float momentum = row->momentum, gain = row->gain, step_size = row->step_size;
+    float m = load(t->first, i, dtype) * momentum + gradient(t, i, dtype, coupled) * clip * gain;
+    store(t->param, i, dtype, load(t->param, i, dtype) - m * step_size);
+    store(t->first, i, dtype, m);
+}
+
 INLINE void sgd_of(
     const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const sgd_row *row, float clip
 ) {
-    const float momentum = row->momentum, gain = row->gain, step_size = row->step_size;
-    for (int64_t i = begin; i < end; i++) {
-        float m = load(t->first, i, dtype) * momentum + gradient(t, i, dtype, coupled) * clip * gain;
-        store(t->param, i, dtype, load(t->param, i, dtype) - m * step_size);
-        store(t->first, i, dtype, m);
+    const sgd_row numbers = *row; /* a copy, which no store can be to */
+    for (; begin + LANES <= end; begin += LANES) {
+        fetch_all_ahead(t, begin, dtype);
+        for (int64_t i = begin; i < begin + LANES; i++) sgd_at(t, dtype, coupled, i, &numbers, clip);
     }
+    for (; begin < end; begin++) sgd_at(t, dtype, coupled, begin, &numbers, clip);
 }
 
 /* One pass over some elements of a tensor: an update by `adam` or `sgd`, or else the sums. */
@@ -544,7 +582,8 @@ static void take_part(const step *step, shared *mine) {
     const pass update = update_by(step, &mine->numbers);
     /* The last chunks first: they are what the cache still holds. */
     for (int64_t begin; (begin = __atomic_fetch_add(&mine->next_update, RUN, __ATOMIC_RELAXED)) < chunks;)
-        for (int64_t chunk = begin; chunk < begin + RUN && chunk < chunks; chunk++) visit(t, chunks - 1 - chunk, &update);
+        for (int64_t chunk = begin; chunk < begin + RUN && chunk < chunks; chunk++)
+            visit(t, chunks - 1 - chunk, &update);
 }
 
 static void take_whole(const step *step, int64_t at) {
