@@ -20,8 +20,9 @@ from recipes.results import summary
 
 PLANS = Path(__file__).parents[1] / "comparisons"
 FOLDER = Path(__file__).parent
-_STUDIES = ("-variants", "-step-size", "-warmup")
-"""Ends of names of plans that look into the torque itself, on data of another plan: they are not counted again."""
+_STUDIES = ("-variants", "-step-size", "-warmup", "-others")
+"""Ends of names of plans that look into the torque itself or at further optimizers, on data of another plan: they are
+not counted again."""
 
 _PAGE = """\
 # Comparisons
