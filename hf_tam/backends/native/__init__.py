@@ -122,7 +122,7 @@ class _Table:
         self._dtypes = [entry.param.dtype for entry in entries]
         self._strides = [entry.param.stride() for entry in entries]
         self._fits = [cpu.layout_of(entry).is_uniform and entry.param.dtype in _DTYPES for entry in entries]
-        self._all_rows = array("q")  # `tensor` in kernels.c, 64 bits each
+        self._all_rows = array("q")  # `tensor` in numbers.h, 64 bits each
         for entry in entries:
             address, first, second = cpu.layout_of(entry).addresses
             dtype = _DTYPES.get(entry.param.dtype, 0)

@@ -1,4 +1,4 @@
-"""`kernels.c`, compiled for this CPU at first use and kept in the user's cache.
+"""`kernels.c` and what it includes, compiled for this CPU at first use and kept in the user's cache.
 
 Compiled with the C compiler that is there (`$CC`, else cc, gcc or clang: what Triton and torch.compile need too), for
 the instruction set that torch has found, which is part of the file's name: a home folder may be shared by machines.
@@ -73,7 +73,8 @@ def _compiled() -> Path:
         raise _Unavailable(f"not built on {platform.system()}")
     compiler = _compiler()
     flags = [*_FLAGS, *_instruction_set()]
-    ingredients = [SOURCE.read_text(encoding="utf-8"), platform.system(), platform.machine(), *compiler, *flags]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    ingredients = [*sources, platform.system(), platform.machine(), *compiler, *flags]
     folder = _cache_folder()
     path = folder / f"kernels-{hashlib.sha256(chr(0).join(ingredients).encode()).hexdigest()[:16]}.so"
     if not path.is_file():

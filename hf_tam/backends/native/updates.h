@@ -1,0 +1,152 @@
+/* The update of a stretch of one tensor. */
+#pragma once
+#include <math.h>
+
+#include "numbers.h"
+
+/* The numbers of one step of one tensor, as in update.AdamCoefficients and update.SgdCoefficients. */
+typedef struct {
+    double decay, first_weight, second_decay, second_weight, step_size, eps;
+} adam_row;
+
+typedef struct {
+    double momentum, gain, step_size;
+} sgd_row;
+
+#ifdef __AVX512BW__
+/* Thirty-two bf16 numbers as two vectors of floats: those at even places and those at odd ones. A word holds one of
+ * each, so that taking them apart and putting them together is a shift or a mask; most of the time of an update in bf16
+ * went there. */
+typedef struct {
+    __m512 even, odd;
+} pairs;
+
+INLINE pairs load_pairs(const void *base, int64_t i) {
+    __m512i words_ = _mm512_loadu_si512((const uint16_t *)base + i);
+    return (pairs){_mm512_castsi512_ps(_mm512_slli_epi32(words_, 16)),
+                   _mm512_castsi512_ps(_mm512_and_si512(words_, _mm512_set1_epi32((int)0xffff0000)))};
+}
+
+#ifdef __AVX512BF16__
+INLINE void store_pairs(void *base, int64_t i, pairs values) {
+    static const uint16_t in_turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(values.odd, values.even);
+    halves = _mm512_permutexvar_epi16(_mm512_loadu_si512(in_turns), halves);
+    _mm512_storeu_si512((uint16_t *)base + i, halves);
+}
+#else
+/* To the nearest bf16, or the even one of two, in the upper halves; what the lower ones hold is of no account. A NaN
+ * stays one: those that came from bf16, or out of arithmetic, have zeros below, and nothing is carried up. */
+INLINE __m512i rounded(__m512 values) {
+    __m512i bits = _mm512_castps_si512(values);
+    __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(bits, is_odd, bits, _mm512_set1_epi32(1));
+}
+
+INLINE void store_pairs(void *base, int64_t i, pairs values) {
+    __m512i even = _mm512_srli_epi32(rounded(values.even), 16), odd = rounded(values.odd);
+    _mm512_storeu_si512((uint16_t *)base + i, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, odd));
+}
+#endif
+
+typedef struct {
+    __m512 weight, rest, keep, second_decay, second_weight, step_size, eps, clip, decay;
+    int is_near_grad, is_negated, decays, clips;
+} adam_numbers;
+
+/* The decay is a factor here: what fp32 does not see of it, bf16 does not either. */
+INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, __m512 g) {
+    if (n->is_negated) g = _mm512_sub_ps(_mm512_setzero_ps(), g);
+    if (n->decays) g = _mm512_fmadd_ps(n->decay, *p, g);
+    if (n->clips) g = _mm512_mul_ps(g, n->clip);
+    __m512 way = _mm512_sub_ps(g, *m);
+    *m = n->is_near_grad ? _mm512_fnmadd_ps(way, n->rest, g) : _mm512_fmadd_ps(way, n->weight, *m);
+    *v = _mm512_fmadd_ps(_mm512_mul_ps(g, n->second_weight), g, _mm512_mul_ps(*v, n->second_decay));
+    /* The divider works beside the rest: approximations that Newton's steps improve take longer. */
+    __m512 direction = _mm512_div_ps(*m, _mm512_add_ps(_mm512_sqrt_ps(*v), n->eps));
+    *p = _mm512_fmsub_ps(*p, n->keep, _mm512_mul_ps(direction, n->step_size));
+}
+
+/* Returns the first element that is left to do. */
+INLINE int64_t adam_of_pairs(
+    const tensor *t, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
+) {
+    const adam_numbers n = {
+        .weight = _mm512_set1_ps(row->first_weight), .rest = _mm512_set1_ps(1.0 - row->first_weight),
+        .keep = _mm512_set1_ps(row->decay), .second_decay = _mm512_set1_ps(row->second_decay),
+        .second_weight = _mm512_set1_ps(row->second_weight), .step_size = _mm512_set1_ps(row->step_size),
+        .eps = _mm512_set1_ps(row->eps), .clip = _mm512_set1_ps(clip),
+        .decay = _mm512_set1_ps(t->decay),
+        .is_near_grad = row->first_weight >= 0.5, .is_negated = coupled && t->negated,
+        .decays = coupled && t->decay != 0.0, .clips = clip != 1.0f,
+    };
+    int64_t i = begin;
+    for (; i + 32 <= end; i += 32) {
+        fetch_all_ahead(t, i, BFLOAT16);
+        pairs p = load_pairs(t->param, i), m = load_pairs(t->first, i), v = load_pairs(t->second, i),
+              g = load_pairs(t->grad, i);
+        adam_lanes(&n, &p.even, &m.even, &v.even, g.even);
+        adam_lanes(&n, &p.odd, &m.odd, &v.odd, g.odd);
+        store_pairs(t->param, i, p);
+        store_pairs(t->first, i, m);
+        store_pairs(t->second, i, v);
+    }
+    return i;
+}
+#endif
+
+typedef struct {
+    float weight, rest, shrink, second_decay, second_weight, step_size, eps, clip;
+    int is_near_grad; /* a lerp starts from the nearer end */
+} adam_floats;
+
+/* update.adam_step. The decay is subtracted with the step: 1 - 1e-8 would be 1 in float. */
+INLINE void adam_at(const tensor *t, int dtype, int coupled, int64_t i, const adam_floats *n) {
+    float p = load(t->param, i, dtype), m = load(t->first, i, dtype), v = load(t->second, i, dtype),
+          g = gradient(t, i, dtype, coupled) * n->clip;
+    m = n->is_near_grad ? g - (g - m) * n->rest : m + (g - m) * n->weight;
+    v = v * n->second_decay + g * n->second_weight * g;
+    p -= p * n->shrink + m / (sqrtf(v) + n->eps) * n->step_size;
+    store(t->param, i, dtype, p);
+    store(t->first, i, dtype, m);
+    store(t->second, i, dtype, v);
+}
+
+INLINE void adam_of(
+    const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
+) {
+    const adam_floats n = {
+        .weight = row->first_weight, .rest = 1.0 - row->first_weight, .shrink = 1.0 - row->decay,
+        .second_decay = row->second_decay, .second_weight = row->second_weight, .step_size = row->step_size,
+        .eps = row->eps, .clip = clip, .is_near_grad = row->first_weight >= 0.5,
+    };
+#ifdef __AVX512BW__
+    if (dtype == BFLOAT16) begin = adam_of_pairs(t, coupled, begin, end, row, clip);
+#endif
+    for (; begin + LANES <= end; begin += LANES) {
+        fetch_all_ahead(t, begin, dtype);
+        for (int64_t i = begin; i < begin + LANES; i++) adam_at(t, dtype, coupled, i, &n);
+    }
+    for (; begin < end; begin++) adam_at(t, dtype, coupled, begin, &n);
+}
+
+/* update.sgd_step. */
+INLINE void sgd_at(const tensor *t, int dtype, int coupled, int64_t i, const sgd_row *row, float clip) {
+    const float momentum = row->momentum, gain = row->gain, step_size = row->step_size;
+    float m = load(t->first, i, dtype) * momentum + gradient(t, i, dtype, coupled) * clip * gain;
+    store(t->param, i, dtype, load(t->param, i, dtype) - m * step_size);
+    store(t->first, i, dtype, m);
+}
+
+INLINE void sgd_of(
+    const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const sgd_row *row, float clip
+) {
+    const sgd_row numbers = *row; /* a copy, which no store can be to */
+    for (; begin + LANES <= end; begin += LANES) {
+        fetch_all_ahead(t, begin, dtype);
+        for (int64_t i = begin; i < begin + LANES; i++) sgd_at(t, dtype, coupled, i, &numbers, clip);
+    }
+    for (; begin < end; begin++) sgd_at(t, dtype, coupled, begin, &numbers, clip);
+}
