@@ -1,0 +1,209 @@
+"""The sums and the update, beside the reference and the readable backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hf_tam
+from tests import running
+from tests.cases import CASES
+from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, backend, coefficients, make_entries, moved
+
+pytestmark = OVERFLOWS_ARE_SAID
+IN_GATE = {
+    "AdaTAMW-tensor-layouts", "AdaTAMW-tensor-bfloat16", "AdaTAMW-tensor-huge", "AdaTAMW-tensor-tiny",
+    "AdaTAM-tensor-empty", "AdaTAM-model-complex-maximize", "AdaTAMW-nothing-kept", "TAM-tensor-mixed-dtypes",
+    "AdaTAM-tensor-tensor-lr",
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_device(monkeypatch, only_triton):
+    """`run_case` on `DEVICE`, without reading a number on the host."""
+    build, snapshot = running.build, running._snapshot
+
+    def built(case, name):
+        optimizer, parameters = build(case, name)
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].to(DEVICE)
+        for parameter in parameters:
+            parameter.data = moved(parameter.data)
+        return optimizer, parameters
+
+    def on_host(optimizer, parameter):
+        taken = vars(snapshot(optimizer, parameter))
+        return running.Snapshot(
+            **{key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in taken.items()}
+        )
+
+    monkeypatch.setattr(running, "build", built)
+    monkeypatch.setattr(running, "_snapshot", on_host)
+
+
+class _Moving:
+    """A case whose gradients come on `DEVICE`."""
+
+    def __init__(self, case):
+        self._case = case
+
+    def __getattr__(self, name):
+        return getattr(self._case, name)
+
+    def gradients(self):
+        return ([moved(gradient) for gradient in gradients] for gradients in self._case.gradients())
+
+
+def _agrees(case):
+    running.assert_same(case, running.run_case(_Moving(case), "default"), running.run_reference_case(case))
+
+
+@pytest.mark.parametrize("name", sorted(IN_GATE))
+def test_agrees_with_the_reference(on_device, name):
+    _agrees(dataclasses.replace(running.CASES_BY_NAME[name], steps=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [str(case) for case in CASES])
+def test_every_case_agrees_with_the_reference(on_device, name):
+    _agrees(running.CASES_BY_NAME[name])
+
+
+shapes = st.sampled_from([(), (0,), (1,), (7,), (33, 65), (3, 0, 2), (2049,), (1, 8195)])
+dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+@given(
+    leaves=st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=4),
+    decay=st.sampled_from([0.0, 0.1]),
+    maximize=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=settings().max_examples // 2)
+def test_sums_and_update_of_random_shapes(leaves, decay, maximize, seed):
+    """As the readable backend's, to the rounding of each dtype."""
+    from hf_tam.backends import single
+
+    tensors = [torch.randn(shape).to(dtype) for shape, dtype in leaves]
+    entries = make_entries(tensors, decay=decay, maximize=maximize, seed=seed)
+    twins = make_entries([tensor.clone() for tensor in tensors], decay=decay, maximize=maximize, seed=seed)
+    for twin in twins:  # coupled decay is added in the gradient's dtype there, and in fp32 here
+        if twin.param.dtype in (torch.bfloat16, torch.float16):
+            twin.raw_grad = twin.raw_grad.float()
+    sums = backend.partial_sums(entries, with_dot=[True] * len(entries))
+    expected = single.partial_sums(twins, with_dot=[True] * len(twins))
+    scale = torch.stack([expected[:, 1:3].prod(1).sqrt(), *expected[:, 1:].unbind(1)], 1)
+    assert bool(((sums - expected).abs() <= 1e-6 * scale + 1e-30).all())
+    numbers = coefficients(len(entries))
+    backend.update(entries, numbers)
+    for position, twin in enumerate(twins):
+        single.adam_tensor(twin, twin.grad(), {k: v[position] for k, v in numbers._asdict().items()})
+    for mine, theirs in zip(entries, twins, strict=True):
+        for key in ("param", "first", "second"):
+            torch.testing.assert_close(getattr(mine, key), getattr(theirs, key))
+
+
+def test_sums_are_right_beyond_the_range_of_fp32_squares():
+    """A span that overflows, one that vanishes, one with a NaN: each goes by itself."""
+    entries = make_entries([torch.zeros(9000) for _ in range(4)])
+    for entry, scale in zip(entries, (1e30, 1e-30, 1.0, 0.0), strict=True):
+        entry.raw_grad.mul_(scale)
+        entry.first.mul_(scale)
+    entries[2].raw_grad[8999] = math.nan
+    sums = backend.partial_sums(entries, with_dot=[True] * 4).cpu()
+    for position in (0, 1):
+        grad, first = entries[position].raw_grad.double().cpu(), entries[position].first.double().cpu()
+        expected = torch.stack([first @ grad, first @ first, grad @ grad, grad @ grad])
+        torch.testing.assert_close(sums[position], expected, rtol=1e-6, atol=0)
+    assert sums[2].isnan().tolist() == [True, False, True, True]
+    assert not sums[3].any()
+
+
+def test_what_is_skipped_is_not_touched():
+    entries = make_entries([torch.randn(5000), torch.randn(70)])
+    entries[0].raw_grad.fill_(math.nan)
+    before = [entries[0].param.clone(), entries[0].first.clone(), entries[0].second.clone()]
+    other = entries[1].param.clone()
+    backend.update(entries, coefficients(2), torch.tensor([False, True], device=DEVICE))
+    after = [entries[0].param, entries[0].first, entries[0].second]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    assert not torch.equal(entries[1].param, other)
+
+
+def test_runs_are_bitwise_identical():
+    runs = []
+    for _ in range(2):
+        entries = make_entries([torch.ones(20_001), torch.ones(3)])
+        sums = backend.partial_sums(entries, with_dot=[True, True])
+        backend.update(entries, coefficients(2))
+        runs.append([sums, *(entry.param for entry in entries)])
+    assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
+
+
+def test_gradients_of_another_dtype():
+    for param_dtype, grad_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        entries = make_entries([torch.randn(300).to(param_dtype)])
+        entries[0].raw_grad = entries[0].raw_grad.to(grad_dtype)
+        sums = backend.partial_sums(entries, with_dot=[True])[0]
+        grad, first = entries[0].raw_grad.double(), entries[0].first.double()
+        expected = torch.stack([first @ grad, first @ first, grad @ grad, grad @ grad])
+        torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-4)
+        before = entries[0].first.double()
+        backend.update(entries, coefficients(1))
+        torch.testing.assert_close(entries[0].first, torch.lerp(before, grad, 0.3).to(param_dtype))
+
+
+@pytest.mark.slow
+def test_a_thousand_tensors_take_three_launches(launches):
+    sizes = [1 + (37 * number) % 301 for number in range(1000)]
+    entries = make_entries([torch.randn(size) for size in sizes])
+    sums = backend.partial_sums(entries, with_dot=[True] * 1000)
+    expected = torch.stack([entry.raw_grad.double().square().sum() for entry in entries])
+    torch.testing.assert_close(sums[:, 3], expected, rtol=1e-6, atol=0)
+    before = [entry.param.clone() for entry in entries]
+    backend.update(entries, coefficients(1000))
+    assert all(not torch.equal(entry.param, old) for entry, old in zip(entries, before, strict=True))
+    assert launches == ["sums_kernel", "combine_kernel", "update_kernel"]
+
+
+@pytest.mark.parametrize("name", ["AdaTAMW", "TAM"])
+def test_clips_as_clip_grad_norm(only_triton, name):
+    inside, before = ([torch.nn.Parameter(moved(torch.ones(size))) for size in (9000, 40)] for _ in range(2))
+    optimizers = []
+    for parameters, limit in ((inside, 0.5), (before, None)):
+        optimizers.append(getattr(hf_tam, name)(parameters, lr=0.1, max_grad_norm=limit))
+        optimizers[-1].param_groups[0]["capturable"] = True
+    for step in range(3):
+        for index, (mine, other) in enumerate(zip(inside, before, strict=True)):
+            noise = torch.randn(mine.shape, generator=torch.Generator().manual_seed(2 * step + index))
+            mine.grad, other.grad = moved(noise), moved(noise.clone())
+        norm = torch.nn.utils.clip_grad_norm_(before, 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(optimizers[0].torque_stats()["grad_norm"], norm)
+    for mine, other in zip(inside, before, strict=True):
+        torch.testing.assert_close(mine.detach(), other.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "kernels"), [
+    ({}, ["sums_kernel", "adam_step_kernel"]),
+    ({"max_grad_norm": 1.0}, ["sums_kernel", "combine_kernel", "update_kernel"]),
+    ({"scope": "model"}, ["sums_kernel", "combine_kernel", "update_kernel"]),
+    ({"nonfinite": "raise"}, ["sums_kernel", "combine_kernel", "update_kernel"]),
+])  # fmt: skip
+def test_launches_of_a_step(only_triton, launches, options, kernels):
+    """Two where nothing global is needed, and only there."""
+    parameters = [torch.nn.Parameter(moved(torch.ones(50))) for _ in range(3)]
+    optimizer = hf_tam.AdaTAMW(parameters, **options)
+    optimizer.param_groups[0]["capturable"] = True
+    for parameter in parameters:
+        parameter.grad = moved(torch.randn(50))
+    optimizer.step()
+    assert launches == kernels
