@@ -5,6 +5,7 @@ That they compute the right step is tested where every backend is: "default" the
 
 import multiprocessing
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -103,6 +104,26 @@ def test_without_them_torchs_kernels_take_the_same_step(fresh, environment, reas
     assert re.search(reason, library.why_not())
     for actual, wanted in zip(trained(), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+@pytest.mark.parametrize(
+    ("capability", "says", "flags"),
+    [
+        ("AVX512", {"avx512_bf16": True}, ["-march=x86-64-v4", "-mavx512bf16"]),
+        ("AVX512", {"avx512_bf16": False}, ["-march=x86-64-v4"]),
+        ("AVX512", None, ["-march=x86-64-v4"]),
+        ("AVX2", {"avx512_bf16": True}, ["-march=x86-64-v3"]),  # as ATEN_CPU_CAPABILITY=avx2 asks
+        ("DEFAULT", {}, []),
+    ],
+)
+def test_compiled_for_what_torch_says_of_the_cpu(capability, says, flags, monkeypatch):
+    """None: a torch that has no such function."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: says, raising=False)
+    if says is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert [flag for flag in library._instruction_set() if not flag.startswith("-mprefer")] == flags
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
