@@ -28,7 +28,7 @@ def unpack(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = quantized.config
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)

@@ -204,6 +204,13 @@ def test_wheel_has_the_recipes_but_not_their_results(wheel):
     assert not [name for name in names if name.startswith("recipes/")]
 
 
+def test_wheel_has_what_is_compiled_at_the_first_step(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = [path for path in (ROOT / "hf_tam").rglob("*") if path.suffix in (".c", ".h")]
+    assert len(sources) > 1
+    assert {path.relative_to(ROOT).as_posix() for path in sources} <= set(names)
+
+
 def test_installed_wheel_lists_copies_validates_and_runs(installed):
     """As a user does who has no checkout: pip install, copy, run."""
     status, output, error = installed("hf-tam", "recipes", "list")

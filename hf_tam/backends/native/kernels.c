@@ -4,18 +4,24 @@
  * below 1e-6 of the sum of the absolute terms), or in double where float might overflow or lose small terms: what is
  * not finite in a sum was not finite in the tensors. The sums of the blocks are added up in double, in the order of
  * blocks and chunks, so they do not depend on the number of threads. bf16 is computed in float and rounded once, to
- * nearest even; where the CPU has instructions for bf16, these take what is below 2^-126 for 0.
+ * nearest even; where the CPU has instructions for bf16, Adam's update of whole groups of 32 and the sums in float
+ * take what is below 2^-126 for 0.
  */
+#define _POSIX_C_SOURCE 199309L /* nanosleep */
 #include <math.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "passes.h"
 
 enum {
     BYTES_TO_SHARE = 4 << 20, /* a tensor of more is shared by the threads: what its sums have read would be gone */
-    RUN = 16,                 /* chunks that a thread takes of it at a time */
-    PATIENCE = 1000           /* looks at what another thread has yet to do, before others may have the core */
+    LONGEST_RUN = 16,         /* chunks that a thread takes of it at a time */
+    RUNS_A_THREAD = 4,        /* at least, where there are as many chunks */
+    LOOKS = 1000,             /* at what another thread has yet to do, before others may have the core */
+    YIELDS = 100,             /* before it sleeps */
+    PAUSE = 50000             /* nanoseconds */
 };
 
 /* Writes COLUMNS for each tensor. */
@@ -46,7 +52,7 @@ typedef struct {
     const settings *settings;
     float *scalars;  /* rows step, exp_avg_scale (Adam's only) and torque, a column a tensor */
     double *reports; /* REPORTS for each tensor */
-    int64_t num_shared;
+    int64_t num_shared, threads;
     struct shared *shared;
     double *sums; /* COLUMNS for each chunk of a shared tensor: the next one's sums begin when these are added up */
 } step;
@@ -115,23 +121,38 @@ static void finish_sums(const step *step, shared *mine, int64_t chunks) {
     __atomic_store_n(&mine->is_ready, 1, __ATOMIC_RELEASE);
 }
 
+/* Not by a lock: what is waited for is mostly there within microseconds. */
+static void wait_for(const int *flag) {
+    for (int looks = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE);) {
+        if (looks < LOOKS + YIELDS) looks++;
+        if (looks >= LOOKS + YIELDS) nanosleep(&(struct timespec){.tv_nsec = PAUSE}, NULL);
+        else if (looks >= LOOKS) sched_yield();
+    }
+}
+
+/* The end of the next run of chunks, which begins at `*begin`; 0 where there is none. */
+INLINE int64_t next_run(int64_t *next, int64_t chunks, int64_t threads, int64_t *begin) {
+    int64_t run = chunks / (RUNS_A_THREAD * threads);
+    run = run < 1 ? 1 : run > LONGEST_RUN ? LONGEST_RUN : run;
+    *begin = __atomic_fetch_add(next, run, __ATOMIC_RELAXED);
+    return *begin >= chunks ? 0 : *begin + run < chunks ? *begin + run : chunks;
+}
+
 static void take_part(const step *step, shared *mine) {
     const tensor *t = &step->tensors[mine->at];
     const int64_t chunks = num_chunks(t);
-    for (int64_t begin; (begin = __atomic_fetch_add(&mine->next_sum, RUN, __ATOMIC_RELAXED)) < chunks;) {
-        int64_t end = begin + RUN < chunks ? begin + RUN : chunks;
+    for (int64_t begin, end; (end = next_run(&mine->next_sum, chunks, step->threads, &begin));) {
         for (int64_t chunk = begin; chunk < end; chunk++)
             visit(t, chunk, &(pass){.sums = step->sums + COLUMNS * chunk});
-        if (__atomic_add_fetch(&mine->summed, end - begin, __ATOMIC_ACQ_REL) == chunks) finish_sums(step, mine, chunks);
+        int64_t summed = __atomic_add_fetch(&mine->summed, end - begin, __ATOMIC_ACQ_REL);
+        if (summed == chunks) finish_sums(step, mine, chunks);
     }
-    for (int turns = 0; !__atomic_load_n(&mine->is_ready, __ATOMIC_ACQUIRE); turns++)
-        if (turns > PATIENCE) sched_yield();
+    wait_for(&mine->is_ready);
     if (!mine->is_kept) return;
     const pass update = update_by(step, &mine->numbers);
     /* The last chunks first: they are what the cache still holds. */
-    for (int64_t begin; (begin = __atomic_fetch_add(&mine->next_update, RUN, __ATOMIC_RELAXED)) < chunks;)
-        for (int64_t chunk = begin; chunk < begin + RUN && chunk < chunks; chunk++)
-            visit(t, chunks - 1 - chunk, &update);
+    for (int64_t begin, end; (end = next_run(&mine->next_update, chunks, step->threads, &begin));)
+        for (int64_t chunk = begin; chunk < end; chunk++) visit(t, chunks - 1 - chunk, &update);
 }
 
 static void take_whole(const step *step, int64_t at) {
@@ -168,7 +189,8 @@ int hf_tam_step(
         num_shared++;
         if (num_chunks(&tensors[at]) > chunks) chunks = num_chunks(&tensors[at]);
     }
-    step step = {tensors, count, 0, settings, scalars, reports, num_shared, NULL, NULL};
+    threads = worthwhile(threads, elements);
+    step step = {tensors, count, 0, settings, scalars, reports, num_shared, threads, NULL, NULL};
     step.shared = calloc(num_shared + 1, sizeof *step.shared);
     step.sums = malloc((COLUMNS * chunks + 1) * sizeof *step.sums);
     int is_out_of_memory = !step.shared || !step.sums;
@@ -176,7 +198,6 @@ int hf_tam_step(
         for (int64_t at = 0, i = 0; at < count; at++)
             if (is_shared(&tensors[at])) step.shared[i++].at = at;
         void *shares[MAX_THREADS];
-        threads = worthwhile(threads, elements);
         for (int64_t i = 0; i < threads; i++) shares[i] = &step;
         run(take_tensors, shares, sizeof *shares, threads);
     }

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -71,8 +72,18 @@ def _compiled() -> Path:
     """The shared library, compiled if it is not in the cache."""
     if os.name != "posix":
         raise _Unavailable(f"not built on {platform.system()}")
-    compiler = _compiler()
-    flags = [*_FLAGS, *_instruction_set()]
+    compiler, flags = _compiler(), _instruction_set()
+    try:
+        return _compiled_with(compiler, flags)
+    except _Unavailable:
+        if not set(_BFLOAT16) <= set(flags):
+            raise
+        # A compiler, or its assembler, that is older than these instructions.
+        return _compiled_with(compiler, tuple(flag for flag in flags if flag not in _BFLOAT16))
+
+
+def _compiled_with(compiler: list[str], instruction_set: tuple[str, ...]) -> Path:
+    flags = [*_FLAGS, *instruction_set]
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     ingredients = [*sources, platform.system(), platform.machine(), *compiler, *flags]
     folder = _cache_folder()
@@ -104,7 +115,7 @@ def _instruction_set() -> tuple[str, ...]:
 
 def _has_bfloat16() -> bool:
     """Whether the CPU has instructions for bf16; False with a torch that does not say."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16", False))
 
 

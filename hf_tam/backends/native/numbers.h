@@ -68,8 +68,8 @@ INLINE float gradient(const tensor *t, int64_t i, int dtype, int coupled) {
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
-/* The numbers from place i on, LANES of fp32 or twice as many of bf16, in no order: a word of memory holds two of bf16,
- * which a shift and a mask take apart. Returns how many vectors that are. */
+/* The numbers from place i on, LANES of fp32 or twice as many of bf16, in no order: a word of memory holds two of
+ * bf16, which a shift and a mask take apart. Returns how many vectors that are. */
 INLINE int load_unordered(const void *base, int64_t i, int dtype, floats *values) {
     if (dtype == FLOAT32) {
         memcpy(values, (const float *)base + i, sizeof *values);

@@ -8,7 +8,7 @@
 
 enum {
     CHUNK = 8192,             /* elements */
-    WORTH_A_THREAD = 1 << 16, /* elements; starting one takes as long as the update of 25,000, more if cores are busy */
+    WORTH_A_THREAD = 1 << 16, /* elements; starting one takes as long as the update of 25,000, or longer */
     MAX_THREADS = 256
 };
 

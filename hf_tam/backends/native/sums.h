@@ -35,6 +35,7 @@ INLINE void sums_of_block(const tensor *t, int dtype, int coupled, int64_t begin
         floats m[2], raw[2], p[2];
         fetch_ahead(t->first, i, dtype);
         fetch_ahead(t->grad, i, dtype);
+        if (coupled) fetch_ahead(t->param, i, dtype);
         count = load_unordered(t->first, i, dtype, m);
         load_unordered(t->grad, i, dtype, raw);
         if (coupled) load_unordered(t->param, i, dtype, p);
@@ -90,10 +91,13 @@ INLINE void square_of(const tensor *t, int dtype, int64_t begin, int64_t end, do
             int64_t at = i;
             floats lanes = {0}, g[2];
 #ifdef __AVX512BF16__
-            for (; dtype == BFLOAT16 && at < i + BLOCK; at += 2 * LANES)
+            for (; dtype == BFLOAT16 && at < i + BLOCK; at += 2 * LANES) {
+                fetch_ahead(t->grad, at, dtype);
                 lanes = plus_products(lanes, t->grad, t->grad, at);
+            }
 #endif
             for (int64_t count; at < i + BLOCK; at += count * LANES) {
+                fetch_ahead(t->grad, at, dtype);
                 count = load_unordered(t->grad, at, dtype, g);
                 for (int of = 0; of < count; of++) lanes += g[of] * g[of];
             }

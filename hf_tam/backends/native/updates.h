@@ -15,8 +15,8 @@ typedef struct {
 
 #ifdef __AVX512BW__
 /* Thirty-two bf16 numbers as two vectors of floats: those at even places and those at odd ones. A word holds one of
- * each, so that taking them apart and putting them together is a shift or a mask; most of the time of an update in bf16
- * went there. */
+ * each, so that taking them apart and putting them together is a shift or a mask; most of the time of an update in
+ * bf16 went there. */
 typedef struct {
     __m512 even, odd;
 } pairs;
@@ -64,7 +64,7 @@ INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, _
     __m512 way = _mm512_sub_ps(g, *m);
     *m = n->is_near_grad ? _mm512_fnmadd_ps(way, n->rest, g) : _mm512_fmadd_ps(way, n->weight, *m);
     *v = _mm512_fmadd_ps(_mm512_mul_ps(g, n->second_weight), g, _mm512_mul_ps(*v, n->second_decay));
-    /* The divider works beside the rest: approximations that Newton's steps improve take longer. */
+    /* As torch's does. The divider works beside the rest: on Zen 5 approximations that are improved take longer. */
     __m512 direction = _mm512_div_ps(*m, _mm512_add_ps(_mm512_sqrt_ps(*v), n->eps));
     *p = _mm512_fmsub_ps(*p, n->keep, _mm512_mul_ps(direction, n->step_size));
 }
