@@ -6,7 +6,8 @@
         --validation_file clinc150/validation.csv --test_file clinc150/test.csv
 
 The first line is the demo: a tiny encoder on embedded questions to a library's help desk, whose intents come three at
-a time. Records need a column `domain` beside text and label.
+a time. Records need a column `domain` beside text and label. By default a label is told from those of every domain,
+and all but the newest are soon forgotten; with `--scenario task_incremental` it is told from those of its own domain.
 """
 
 import sys
@@ -30,7 +31,15 @@ from recipes.support import (
 )
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
 from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
-from recipes.support.domain_sequence import DomainArguments, cut, domain_metrics, domains_of, train_through
+from recipes.support.domain_sequence import (
+    DomainArguments,
+    candidate_labels,
+    cut,
+    domain_metrics,
+    domains_of,
+    loss_among,
+    train_through,
+)
 from recipes.support.errors import RecipeError, exit_with_one_line
 
 DEMO_CONFIG = CONFIGS / "demo" / "domains.yaml"
@@ -72,15 +81,19 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, model = encoder_task.load_encoder(model_arguments, lora, names)
     encoded = encoder_task.encode_splits(splits, data, tokenizer, names)
     parts = {name: cut(splits[name], encoded[name], sequence.domain_column, domains) for name in splits}
+    candidates = None
+    if sequence.scenario == "task_incremental":
+        candidates = candidate_labels(parts["train"], names, domains)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=parts["train"][0],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
+        compute_loss_func=None if candidates is None else loss_among(candidates),
     )
     adapters.use_loraplus(trainer, lora)
-    accuracies = train_through(trainer, domains, parts)
+    accuracies = train_through(trainer, domains, parts, candidates)
     num_steps = sum(_steps(trainer, len(part)) for part in parts["train"])
     num_records = len(encoded["train"])
     sequence_report.report(

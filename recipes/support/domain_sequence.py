@@ -1,9 +1,11 @@
 """One domain after another, and what is remembered of those before."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import Trainer
 
@@ -15,9 +17,17 @@ from recipes.support.records import Records
 
 @dataclass
 class DomainArguments:
-    """The sequence of domains."""
+    """The sequence of domains; the scenarios are those of van de Ven and Tolias (2019), arXiv 1904.07734."""
 
     domain_column: str = field(default="domain", metadata={"help": "Column that says which domain a record is of."})
+    scenario: str = field(
+        default="class_incremental",
+        metadata={
+            "help": "Tell a record's label from the labels of every domain (class_incremental) or, its domain being "
+            "known, from those of its own (task_incremental).",
+            "choices": ["class_incremental", "task_incremental"],
+        },
+    )
 
 
 def domains_of(train: Records, column: str) -> list[str]:
@@ -50,13 +60,60 @@ def cut(records: Records, encoded: Dataset, column: str, domains: list[str]) -> 
     return [encoded.select(found) for found in places.values()]
 
 
-def train_through(trainer: Trainer, domains: list[str], parts: dict[str, list[Dataset]]) -> dict[str, np.ndarray]:
+def candidate_labels(parts: list[Dataset], names: list[str], domains: list[str]) -> torch.Tensor:
+    """Return which labels a record may have whose domain is known.
+
+    Args:
+        parts: training records of each domain.
+        names: of the labels.
+        domains: their names.
+
+    Returns:
+        Whether label j belongs to the domain of label i: bool, shape (num_labels, num_labels).
+
+    Raises:
+        RecipeError: a label belongs to two domains, so that it does not tell the domain.
+    """
+    domain_of: dict[int, int] = {}
+    for position, part in enumerate(parts):
+        for label in sorted(set(part["labels"])):
+            if label in domain_of:
+                raise RecipeError(
+                    f"the label {names[label]!r} is of two domains, {domains[domain_of[label]]!r} and "
+                    f"{domains[position]!r}: task_incremental needs labels that are of one; rename it in one of them."
+                )
+            domain_of[label] = position
+    of_label = torch.tensor([domain_of[label] for label in range(len(names))])
+    return of_label[:, None] == of_label
+
+
+def loss_among(candidates: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return the cross-entropy over the labels of a record's own domain, for Trainer's `compute_loss_func`.
+
+    Args:
+        candidates: of `candidate_labels`.
+    """
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        allowed = candidates.to(labels.device)[labels]
+        logits = outputs["logits"].float().masked_fill(~allowed, -torch.inf)
+        if num_items_in_batch is None:
+            return torch.nn.functional.cross_entropy(logits, labels)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+    return loss
+
+
+def train_through(
+    trainer: Trainer, domains: list[str], parts: dict[str, list[Dataset]], candidates: torch.Tensor | None = None
+) -> dict[str, np.ndarray]:
     """Train domain after domain with one optimizer; its schedule starts anew with each.
 
     Args:
         trainer: before training.
         domains: their names.
         parts: for each split ("train" among them) its part of each domain.
+        candidates: of `candidate_labels`: among which labels each is told; None for all.
 
     Returns:
         For each other split its accuracies, shape (num_domains, num_domains): row k, after domain k, on the records of
@@ -71,7 +128,10 @@ def train_through(trainer: Trainer, domains: list[str], parts: dict[str, list[Da
         for name, values in accuracies.items():
             for other in asked:
                 prediction = trainer.predict(parts[name][other])
-                values[position, other] = (prediction.predictions.argmax(-1) == prediction.label_ids).mean()
+                logits, labels = prediction.predictions, prediction.label_ids
+                if candidates is not None:
+                    logits = np.where(candidates.numpy()[labels], logits, -np.inf)
+                values[position, other] = (logits.argmax(-1) == labels).mean()
         reached = ", ".join(f"{name} accuracy {values[position, position]:.4f}" for name, values in accuracies.items())
         reporting.announce(f"{domain}, {position + 1} of {count}: {reached}")
     return accuracies

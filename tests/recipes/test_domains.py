@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recipes import domains
 from recipes.support import domain_sequence
@@ -45,7 +47,7 @@ def test_metrics():
     assert metrics["test_final_accuracy"] == pytest.approx((0.2 + 0.5 + 0.7) / 3)
 
 
-def test_the_demo_learns_each_domain_and_forgets_the_last(tmp_path, monkeypatch, capsys):
+def test_the_demo_learns_each_domain_with_one_optimizer(tmp_path, monkeypatch, capsys):
     trainers = []
     through = domains.train_through
     monkeypatch.setattr(
@@ -57,10 +59,53 @@ def test_the_demo_learns_each_domain_and_forgets_the_last(tmp_path, monkeypatch,
     (trainer,) = trainers
     steps = {float(state["step"]) for state in trainer.optimizer.state.values()}
     assert steps == {results["steps"]}
-    assert min(results["eval_task_accuracies"]) > 0.8  # of eight intents
-    assert results["eval_forgetting"] > 0.5  # nothing reminds it of what was before
-    assert results["eval_final_accuracy"] < results["eval_mean_accuracy"]
+    assert min(results["eval_task_accuracies"]) > 0.8
     assert "test final accuracy" in capsys.readouterr().out
+
+
+PARTS = [Dataset.from_dict({"labels": [0, 2, 0]}), Dataset.from_dict({"labels": [1, 3]})]
+NAMES = ["hear", "lend", "read", "return"]
+
+
+def test_a_label_is_told_from_those_of_its_domain():
+    candidates = domain_sequence.candidate_labels(PARTS, NAMES, ["a", "b"])
+    assert candidates.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+def test_a_label_of_two_domains_is_named():
+    parts = [*PARTS, Dataset.from_dict({"labels": [2]})]
+    with pytest.raises(RecipeError, match="the label 'read' is of two domains, 'a' and 'c'"):
+        domain_sequence.candidate_labels(parts, NAMES, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_sees_the_labels_of_the_domain_alone(dtype):
+    """It is the cross-entropy over a domain's own logits, and moves no other logit; parts of a batch add up."""
+    candidates = domain_sequence.candidate_labels(PARTS, NAMES, ["a", "b"])
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    columns = torch.tensor([[0, 2], [1, 3], [0, 2], [1, 3], [0, 2]])
+    expected = torch.nn.functional.cross_entropy(logits.float().gather(1, columns), labels // 2)
+
+    loss = domain_sequence.loss_among(candidates)
+    whole = loss(SequenceClassifierOutput(logits=logits), labels)
+    torch.testing.assert_close(whole, expected)
+    parts = [loss({"logits": logits[cut]}, labels[cut], num_items_in_batch=5) for cut in (slice(2), slice(2, 5))]
+    torch.testing.assert_close(sum(parts), expected)
+    (gradient,) = torch.autograd.grad(whole, logits)
+    assert torch.equal(gradient != 0, candidates[labels])
+
+
+def test_a_known_domain_is_forgotten_less(tmp_path):
+    """Five seeds forgot 0.21 to 0.29 of it, and 0.56 to 0.98 where a label is told from all. Gradients accumulate."""
+    results = []
+    for scenario in ("class_incremental", "task_incremental"):
+        flags = [f"--scenario={scenario}", "--per_device_train_batch_size=16", "--gradient_accumulation_steps=2"]
+        assert domains.main([*flags, f"--output_dir={tmp_path / scenario}"]) == 0
+        results.append(json.loads((tmp_path / scenario / "results.json").read_text()))
+    one_of_all, one_of_three = results
+    assert one_of_three["eval_forgetting"] < one_of_all["eval_forgetting"] - 0.1
+    assert one_of_three["eval_final_accuracy"] > one_of_all["eval_final_accuracy"] + 0.1
 
 
 @pytest.mark.parametrize(
