@@ -4,7 +4,7 @@
     python -m recipes.results.evidence --page     prints comparisons.md
 
 A comparison is a plan in recipes/comparisons/; its rows, as `hf-tam compare` wrote them, lie in this folder under the
-same name. A plan without rows is said to be not measured yet.
+same name. A plan without rows is said to be not measured yet, and one whose runs are not all there to be under way.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def overview(folder: Path = FOLDER) -> str:
         plan, rows = _read(path, folder)
         if plan.name.endswith(_STUDIES):
             continue
-        if not rows:
+        baseline, *others = results = outcomes(plan, rows)
+        if not _is_finished(plan, results):
             missing.append(plan.name)
             continue
-        baseline, *others = outcomes(plan, rows)
         for outcome in others:
             if _is_as_it_comes(plan, outcome.label):
                 lines.append(_line(plan, baseline, outcome))
@@ -87,21 +87,41 @@ def overview(folder: Path = FOLDER) -> str:
     return "\n\n".join(text)
 
 
+def _is_finished(plan: Plan, results: list[Outcome]) -> bool:
+    """Whether the grid is there for every optimizer, its best rate inside, and all seeds at that rate."""
+    return all(
+        len(outcome.curve) >= len(plan.learning_rates) and outcome.is_inside and outcome.test.count == len(plan.seeds)
+        for outcome in results
+    )
+
+
 def _is_as_it_comes(plan: Plan, label: str) -> bool:
     words = str(plan.optimizers[label].get("optim_args", ""))
     return not any(name in words for name in ("gamma", "scope", "step_size", "torque_steps"))
 
 
 def step_sizes(folder: Path = FOLDER) -> str:
-    """A sentence on where the best learning rate of `step_size=paper` lies.
+    """Where the best learning rate of `step_size=paper` lies, in a sentence for each plan that asked.
 
     Args:
         folder: Where the rows are.
     """
-    plan, rows = _read(PLANS / "banking77-minilm-step-size.yaml", folder)
-    adamw, ours, paper = outcomes(plan, rows)
+    return " ".join(
+        _step_size(PLANS / name, folder, data)
+        for name, data in (
+            ("banking77-minilm-step-size.yaml", "all weights, 768 rows of banking77"),
+            ("clinc150-minilm-step-size.yaml", "LoRA, 750 rows of CLINC150"),
+        )
+    )
+
+
+def _step_size(path: Path, folder: Path, data: str) -> str:
+    plan, rows = _read(path, folder)
+    adamw, ours, paper = results = outcomes(plan, rows)
+    if not _is_finished(plan, results):
+        return f"On MiniLM ({data}) it is not measured yet."
     return (
-        f"On MiniLM and banking77 the best learning rate by validation is {adamw.learning_rate:g} with AdamW, "
+        f"On MiniLM ({data}) the best learning rate by validation is {adamw.learning_rate:g} with AdamW, "
         f"{ours.learning_rate:g} with `adatamw`, and {paper.learning_rate:g} with `step_size=paper`, "
         f"{adamw.learning_rate / paper.learning_rate:.0f} times lower."
     )
@@ -168,6 +188,8 @@ def section(path: Path, folder: Path = FOLDER) -> str:
     if not rows:
         return f"{title}; not measured yet."
     results = outcomes(plan, rows)
+    if not _is_finished(plan, results):
+        return f"{title}; under way, [rows so far](compare-{plan.name}.jsonl)."
     link = f"[rows](compare-{plan.name}.jsonl)"
     facts = f"{title}, {len(rows)} runs: {link}{_where(rows)}. {printing.summary(plan, results)}"
     search = f"{plan.validation_metric} in the search, mean of {plan.search_seeds} seeds, the chosen in bold:"
