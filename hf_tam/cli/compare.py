@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,19 +51,26 @@ def compare(parsed: argparse.Namespace) -> int:
     if missing:
         return _complain(f'needs {" and ".join(missing)}: pip install "hf-tam[compare]" {" ".join(missing)}', code=2)
     from hf_tam.compare import choosing, printing, running
+    from hf_tam.compare.journal import ROWS_NAME, Journal
     from hf_tam.compare.plan import PlanError, load_plan
 
-    # A batch system ends a job by SIGTERM; the runs must end with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A batch system ends a job by SIGTERM, a terminal that goes by SIGHUP; the runs must end with it.
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     try:
         plan = load_plan(parsed.plan)
         folder = parsed.output or Path("outputs", "compare", plan.name)
-        journal = running.Journal(folder / running.ROWS_NAME)
-        if not parsed.table:
+        if parsed.table:
+            journal = Journal(folder / ROWS_NAME)
+        else:
             workshop = _workshop(plan, folder, parsed)
-            running.compare(plan, journal, partial(_engine(parsed.engine), workshop), partial(print, flush=True))
+            with _alone_in(folder):
+                _keep_places(folder, workshop.places)
+                journal = Journal(folder / ROWS_NAME)
+                running.compare(plan, journal, partial(_engine(parsed.engine), workshop), workshop.announce)
         results = choosing.outcomes(plan, journal.of(plan))
-    except (PlanError, running.RunError, FileNotFoundError) as error:
+    except (PlanError, running.RunError, OSError) as error:
         return _complain(str(error), code=1)
     except KeyboardInterrupt:
         return _complain("stopped; the rows that were finished are kept, and the same command goes on", code=130)
@@ -106,7 +116,38 @@ def _workshop(plan: Plan, folder: Path, parsed: argparse.Namespace) -> Any:
     threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = (plan.validation_metric, plan.test_metric)
-    return Workshop(recipe, folder.resolve(), threads, places, parsed.jobs, metrics)
+    announce = partial(print, flush=True)
+    return Workshop(recipe, folder.resolve(), threads, places, parsed.jobs, metrics, announce)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two at once would remove each other's runs."""
+    from filelock import FileLock, Timeout
+
+    from hf_tam.compare.plan import PlanError
+
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise PlanError(f"{folder} is in use by another `hf-tam compare`: wait, or give another --output") from None
+
+
+def _keep_places(folder: Path, places: dict[str, str]) -> None:
+    """Rows do not say where their data lay: the folder does, so that two data sets are not taken for one."""
+    from hf_tam.compare.plan import PlanError
+
+    path = folder / "places.json"
+    now = {name: str(Path(place).resolve()) if Path(place).exists() else place for name, place in places.items()}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in sorted(set(before) & set(now)):
+        if before[name] != now[name]:
+            raise PlanError(
+                f"{folder} was begun with --place {name}={before[name]}, not {now[name]}: give another --output, or, "
+                f"if the content is the same, remove {path}"
+            )
+    path.write_text(json.dumps({**before, **now}, indent=1) + "\n", encoding="utf-8")
 
 
 def _complain(message: str, *, code: int) -> int:

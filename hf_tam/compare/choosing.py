@@ -12,7 +12,7 @@ from scipy import stats
 
 from hf_tam.compare.plan import Plan
 
-__all__ = ["Difference", "Estimate", "Outcome", "best_rate", "extended", "outcomes"]
+__all__ = ["Difference", "Estimate", "Outcome", "best_rate", "common_rates", "extended", "outcomes"]
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
@@ -49,7 +49,8 @@ class Difference:
     Attributes:
         by_seed: The differences of the test metric.
         estimate: Their mean.
-        verdict: "better" or "worse" where the interval leaves out 0, else "tie"; "too few seeds" below 3.
+        verdict: "better" or "worse" where the interval leaves out 0, else "tie"; "too few seeds" below 3, "diverged"
+            where a test metric is no finite number.
         within: Whether the mean is no worse than the plan's tolerance.
     """
 
@@ -70,7 +71,7 @@ class Outcome:
         validation: At that rate.
         test: At that rate.
         difference: To the baseline, over the seeds that both have; None for the baseline itself.
-        curve: Learning rate to mean validation metric.
+        curve: Learning rate to mean validation metric; chosen among the rates that every optimizer has.
         also: Means over the seeds of what the plan wants shown besides; NaN where a run has none.
     """
 
@@ -87,14 +88,21 @@ class Outcome:
 def best_rate(plan: Plan, rows: Sequence[Row], label: str) -> float:
     """The learning rate with the best mean of the validation metric over the search's seeds. Sees no test metric.
 
-    A run that ended in numbers that are not finite is worse than any other.
+    A run that ended in numbers that are not finite is worse than any other. Only rates count that every optimizer has.
     """
-    curve = _curve(plan, rows, label)
-    if not curve:
-        return nan
-    worst = -float("inf") if plan.greater_is_better else float("inf")
-    scored = {rate: value if isfinite(value) else worst for rate, value in curve.items()}
-    return (max if plan.greater_is_better else min)(scored, key=scored.__getitem__)
+    scored = _scored(plan, rows, label)
+    return max(scored, key=scored.__getitem__) if scored else nan
+
+
+def _scored(plan: Plan, rows: Sequence[Row], label: str) -> dict[float, float]:
+    """Learning rate, rising, to mean validation metric: more is better, and no number is least."""
+    curve, sign = _curve(plan, rows, label), 1.0 if plan.greater_is_better else -1.0
+    return {rate: sign * curve[rate] if isfinite(curve[rate]) else -float("inf") for rate in common_rates(plan, rows)}
+
+
+def common_rates(plan: Plan, rows: Sequence[Row]) -> list[float]:
+    """The learning rates at which every optimizer has all seeds of the search, rising."""
+    return sorted(set.intersection(*(set(_curve(plan, rows, label)) for label in plan.optimizers)))
 
 
 def _curve(plan: Plan, rows: Sequence[Row], label: str) -> dict[float, float]:
@@ -112,8 +120,12 @@ def _metric(row: Row, name: str) -> float:
 
 
 def extended(plan: Plan, rows: Sequence[Row], rates: tuple[float, ...]) -> tuple[float, ...]:
-    """The grid, one step longer at each end where some optimizer is best; the same for all of them."""
-    best = [best_rate(plan, rows, label) for label in plan.optimizers]
+    """The grid, one step longer at each end where some optimizer is best, alone or among others; the same for all."""
+    best: set[float] = set()
+    for label in plan.optimizers:
+        scored = _scored(plan, rows, label)
+        top = max(scored.values(), default=nan)
+        best |= {rate for rate, value in scored.items() if value == top} if isfinite(top) else set(rates[:1])
     ratio = rates[1] / rates[0] if len(rates) > 1 else 2.0
     below = (_rounded(rates[0] / ratio),) if rates[0] in best else ()
     ratio = rates[-1] / rates[-2] if len(rates) > 1 else 2.0
@@ -129,10 +141,9 @@ def outcomes(plan: Plan, rows: Sequence[Row]) -> list[Outcome]:
     """One for each optimizer, in the plan's order; the learning rates are fixed before a test metric is read."""
     best = {label: best_rate(plan, rows, label) for label in plan.optimizers}
     found = {label: _by_seed(plan, rows, label, best[label]) for label in plan.optimizers}
-    results = []
+    results, rates = [], common_rates(plan, rows)
     for label in plan.optimizers:
         curve = _curve(plan, rows, label)
-        rates = sorted(curve)
         validation, test = ([row[which] for row in found[label].values()] for which in (0, 1))
         difference = None if label == plan.baseline else _difference(plan, found[label], found[plan.baseline])
         results.append(
@@ -180,4 +191,5 @@ def _difference(
     estimate = Estimate.of(by_seed)
     verdict = "better" if estimate.low > 0.0 else "worse" if estimate.high < 0.0 else "tie"
     verdict = verdict if estimate.count >= LEAST_SEEDS else "too few seeds"
+    verdict = verdict if isfinite(estimate.mean) else "diverged"
     return Difference(by_seed, estimate, verdict, within=estimate.mean >= -plan.tolerance)

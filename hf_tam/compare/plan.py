@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import isfinite
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ class Spec:
     """One run.
 
     Attributes:
+        recipe: Name of a script in recipes/, without .py.
         label: What the table calls the optimizer.
         arguments: Everything the recipe is given but its output_dir.
     """
 
+    recipe: str
     label: str
     arguments: dict[str, Any]
 
@@ -47,9 +50,11 @@ class Spec:
         return hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode()).hexdigest()[:16]
 
     def command_line(self) -> list[str]:
-        """The arguments as flags; a list becomes several words, true a flag."""
+        """The arguments as flags; a list becomes several words, null is left out."""
         words = []
         for name, value in self.arguments.items():
+            if value is None:
+                continue
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(word).lower() if isinstance(word, bool) else str(word) for word in values)]
         return words
@@ -63,7 +68,7 @@ class Plan:
         name: Of the comparison.
         recipe: Name of a script in recipes/, without .py.
         arguments: Of every run.
-        optimizers: Label to further arguments, `optim` among them; `learning_rates` there replaces the grid.
+        optimizers: Label to further arguments, `optim` among them.
         learning_rates: The grid, rising.
         seeds: Of the final runs, at each optimizer's best learning rate.
         search_seeds: How many of them, from the first on, are run at every learning rate.
@@ -97,7 +102,7 @@ class Plan:
     def spec(self, label: str, learning_rate: float, seed: int) -> Spec:
         """One run of it."""
         own = self.optimizers[label]
-        return Spec(label, {**self.arguments, **own, "learning_rate": learning_rate, "seed": seed})
+        return Spec(self.recipe, label, {**self.arguments, **own, "learning_rate": learning_rate, "seed": seed})
 
     def search(self, rates: tuple[float, ...]) -> list[Spec]:
         """The runs among which a learning rate is chosen."""
@@ -114,12 +119,20 @@ _DEFAULTS: dict[str, Any] = {
     "max_extensions": 3,
     "validation_metric": "eval_accuracy",
     "test_metric": "test_accuracy",
-    "greater_is_better": True,
+    "greater_is_better": None,
     "tolerance": 0.002,
     "also_shown": [],
     "arguments": {},
 }
 _NEEDED = ("recipe", "optimizers", "learning_rates", "seeds")
+_KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
+    str: ("a word", ("recipe", "validation_metric", "test_metric")),
+    dict: ("a mapping", ("optimizers", "arguments")),
+    list: ("a list", ("learning_rates", "seeds", "also_shown")),
+}
+_PER_RUN = ("learning_rate", "learning_rates", "seed", "output_dir")
+_FALLING = ("loss", "perplexity")
+"""Ends of names of metrics that may be better when they are less: the plan has to say it."""
 
 
 def load_plan(path: Path) -> Plan:
@@ -143,10 +156,8 @@ def load_plan(path: Path) -> Plan:
     if missing := [name for name in _NEEDED if not content.get(name)]:
         raise PlanError(f"{path}: {missing[0]} is missing or empty")
     values = {**_DEFAULTS, **content}
-    optimizers = {str(label): dict(own or {}) for label, own in values["optimizers"].items()}
-    for label, own in optimizers.items():
-        if "optim" not in own:
-            raise PlanError(f"{path}: optimizer {label!r} does not say its `optim`")
+    _check_kinds(path, values)
+    optimizers = _optimizers(path, values)
     rates = tuple(_number(path, "learning_rates", rate) for rate in values["learning_rates"])
     if any(rate <= 0.0 for rate in rates) or any(low >= high for low, high in pairwise(rates)):
         raise PlanError(f"{path}: learning_rates must be positive and rise, not {list(rates)}")
@@ -156,21 +167,68 @@ def load_plan(path: Path) -> Plan:
     search_seeds = len(seeds) if values["search_seeds"] is None else values["search_seeds"]
     if type(search_seeds) is not int or not 1 <= search_seeds <= len(seeds):
         raise PlanError(f"{path}: search_seeds must be from 1 to the number of seeds ({len(seeds)})")
+    extensions = values["max_extensions"]
+    if type(extensions) is not int or extensions < 0:
+        raise PlanError(f"{path}: max_extensions must be a whole number of at least 0, not {extensions!r}")
+    values["optimizers"] = optimizers
     _refuse_test_data(path, values)
-    values |= {"optimizers": optimizers, "learning_rates": rates, "seeds": seeds, "search_seeds": search_seeds}
-    values |= {"also_shown": tuple(map(str, values["also_shown"]))}
-    values |= {"name": path.stem, "tolerance": _number(path, "tolerance", values["tolerance"])}
+    values |= {
+        "name": path.stem,
+        "learning_rates": rates,
+        "seeds": seeds,
+        "search_seeds": search_seeds,
+        "greater_is_better": _greater_is_better(path, values),
+        "tolerance": _number(path, "tolerance", values["tolerance"]),
+        "also_shown": tuple(map(str, values["also_shown"])),
+    }
     return Plan(**values)
 
 
+def _check_kinds(path: Path, values: dict[str, Any]) -> None:
+    for kind, (what, names) in _KINDS.items():
+        for name in names:
+            if not isinstance(values[name], kind):
+                raise PlanError(f"{path}: {name} must be {what}, not {values[name]!r}")
+
+
+def _optimizers(path: Path, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    optimizers = {str(label): {} if own is None else own for label, own in values["optimizers"].items()}
+    for label, own in optimizers.items():
+        if not isinstance(own, dict):
+            raise PlanError(f"{path}: optimizer {label!r} must be a mapping such as {{optim: adatamw}}, not {own!r}")
+        if "optim" not in own:
+            raise PlanError(f"{path}: optimizer {label!r} does not say its `optim`")
+    for where in (values["arguments"], *optimizers.values()):
+        if found := [name for name in _PER_RUN if name in where]:
+            raise PlanError(f"{path}: {found[0]} is set for each run: take it out of the arguments")
+    for (label, own), (other, others) in combinations(optimizers.items(), 2):
+        if own == others:
+            raise PlanError(f"{path}: optimizers {label!r} and {other!r} are the same runs: take one out")
+    return optimizers
+
+
+def _greater_is_better(path: Path, values: dict[str, Any]) -> bool:
+    given = values["greater_is_better"]
+    if given is None and not values["validation_metric"].endswith(_FALLING):
+        return True
+    if not isinstance(given, bool):
+        raise PlanError(
+            f"{path}: say greater_is_better, true or false, for {values['validation_metric']!r}, not {given!r}"
+        )
+    return given
+
+
 def _refuse_test_data(path: Path, values: dict[str, Any]) -> None:
-    chosen_by, files = values["validation_metric"], values["arguments"]
+    chosen_by = values["validation_metric"]
     if chosen_by == values["test_metric"] or chosen_by.startswith("test_"):
         raise PlanError(
             f"{path}: validation_metric {chosen_by!r} is of the test data, on which no learning rate may be chosen"
         )
-    if files.get("test_file") is not None and files.get("test_file") == files.get("validation_file"):
-        raise PlanError(f"{path}: validation_file is the test_file, on which no learning rate may be chosen")
+    for own in values["optimizers"].values():
+        files = {**values["arguments"], **own}
+        test, validation = (files.get(name) for name in ("test_file", "validation_file"))
+        if test is not None and validation is not None and normpath(str(test)) == normpath(str(validation)):
+            raise PlanError(f"{path}: validation_file is the test_file, on which no learning rate may be chosen")
 
 
 def _number(path: Path, name: str, value: Any) -> float:

@@ -63,6 +63,7 @@ def summary(plan: Plan, results: Sequence[Outcome]) -> str:
     verdicts = [difference.verdict for difference in differences]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("better", "tie", "worse"))
     counts += f", {few} with too few seeds" if (few := verdicts.count("too few seeds")) else ""
+    counts += f", {lost} diverged" if (lost := verdicts.count("diverged")) else ""
     within = sum(difference.within for difference in differences)
     tolerance = _scale(plan) * plan.tolerance
     points = "points" if _scale(plan) == 100.0 else f"of {plan.test_metric}"

@@ -8,74 +8,27 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_tam.compare.choosing import Row, best_rate, extended
-from hf_tam.compare.plan import Plan, PlanError, Spec
+from hf_tam.compare.journal import Journal
+from hf_tam.compare.plan import Plan, Spec
 
-__all__ = ["Journal", "RunError", "Workshop", "compare"]
+__all__ = ["RunError", "Workshop", "compare", "locally"]
 
-ROWS_NAME = "rows.jsonl"
 _LAST_WORDS = 2000
 """Of a run's output that its error message may quote, in characters."""
+_ALL_FAIL = 3
+"""So many failures, or one for each job, and no success: the rest would fail too."""
 
 
 class RunError(Exception):
     """A run ended without results; one sentence says which and why."""
-
-
-class Journal:
-    """The rows of a comparison, in a file that only grows."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the rows there are.
-
-        Args:
-            path: JSON lines; need not exist.
-
-        Raises:
-            PlanError: A line is no row; a last line that was cut off by a full disk or a kill is left out.
-        """
-        self.path, self._lock = path, threading.Lock()
-        self._rows: dict[str, Row] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                self._rows[row["key"]] = row
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                if number == len(lines) and not line.endswith("\n"):
-                    path.write_text("".join(lines[:-1]), encoding="utf-8")
-                    break
-                raise PlanError(f"{path}, line {number}, is not a row of a comparison: {line[:80]!r}") from error
-
-    def of(self, plan: Plan) -> list[Row]:
-        """The rows of this plan's settings, whatever else the file holds."""
-        return [row for row in self._rows.values() if _is_of(plan, row)]
-
-    def missing(self, specs: Iterable[Spec]) -> list[Spec]:
-        """Those that have no row yet."""
-        return [spec for spec in specs if spec.key not in self._rows]
-
-    def add(self, row: Row) -> None:
-        """Keep a row, on the disk before anything else happens."""
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self._rows[row["key"]] = row
-
-
-def _is_of(plan: Plan, row: Row) -> bool:
-    return row["label"] in plan.optimizers and (
-        plan.spec(row["label"], row["learning_rate"], row["seed"]).key == row["key"]
-    )
 
 
 @dataclass
@@ -89,6 +42,7 @@ class Workshop:
         places: What stands for a name in braces in the plan's arguments, for example {"minilm": "/models/minilm"}.
         jobs: How many runs at a time.
         metrics: What its results must have.
+        announce: Takes lines for the user.
     """
 
     recipe: Path
@@ -97,6 +51,7 @@ class Workshop:
     places: dict[str, str]
     jobs: int
     metrics: tuple[str, ...]
+    announce: Callable[[str], None] = print
 
     def run(self, spec: Spec) -> Row:
         """Do one run.
@@ -104,8 +59,10 @@ class Workshop:
         Raises:
             RunError: It ended without results.
         """
-        output_dir, log = self.folder / spec.key, self.folder / f"{spec.key}.log"
-        shutil.rmtree(output_dir, ignore_errors=True)  # of a run that was cut off
+        for left in self.folder.glob(f"{spec.key}-*"):  # by a run that was cut off
+            shutil.rmtree(left, ignore_errors=True)
+        # A run that has outlived its parent may still write to a folder of its own, not to this one.
+        output_dir, log = self.folder / f"{spec.key}-{os.getpid()}", self.folder / f"{spec.key}.log"
         words = [self._filled(word) for word in spec.command_line()]
         command = [sys.executable, str(self.recipe), *words, f"--output_dir={output_dir}"]
         started = time.perf_counter()
@@ -151,6 +108,7 @@ def _end_children() -> None:
 def _row(spec: Spec, results: dict[str, Any], *, seconds: float, recipe: str) -> Row:
     return {
         "key": spec.key,
+        "recipe": spec.recipe,
         "label": spec.label,
         "learning_rate": spec.learning_rate,
         "seed": spec.seed,
@@ -227,17 +185,22 @@ def locally(workshop: Workshop, specs: Sequence[Spec], keep: Callable[[Row], Non
     """Do runs on this machine, `workshop.jobs` at a time.
 
     Raises:
-        RunError: Some ended without results; the others were done first, and their rows kept.
+        RunError: Some ended without results; the others were done first, and their rows kept, unless none went well.
     """
-    failures = []
+    failures, succeeded = [], False
     with ThreadPoolExecutor(workshop.jobs) as pool:
         futures = [pool.submit(workshop.run, spec) for spec in specs]
         try:
             for future in as_completed(futures):
                 try:
                     keep(future.result())
+                    succeeded = True
                 except RunError as error:
                     failures.append(str(error))
+                    workshop.announce(f"failed: {error}")
+                    if not succeeded and len(failures) == max(_ALL_FAIL, workshop.jobs) < len(specs):
+                        count = len(failures)
+                        raise RunError(f"the first {count} runs all failed; the first: {failures[0]}") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             _end_children()

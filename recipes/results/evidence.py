@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hf_tam.compare import printing
 from hf_tam.compare.choosing import Outcome, Row, outcomes
+from hf_tam.compare.journal import Journal
 from hf_tam.compare.plan import Plan, load_plan
-from hf_tam.compare.running import Journal
 from recipes.results import summary
 
 PLANS = Path(__file__).parents[1] / "comparisons"
@@ -88,10 +88,10 @@ def overview(folder: Path = FOLDER) -> str:
 
 
 def _is_finished(plan: Plan, results: list[Outcome]) -> bool:
-    """Whether the grid is there for every optimizer, its best rate inside, and all seeds at that rate."""
-    return all(
-        len(outcome.curve) >= len(plan.learning_rates) and outcome.is_inside and outcome.test.count == len(plan.seeds)
-        for outcome in results
+    """Whether the grid is there, the same for every optimizer, and all seeds at its best rate."""
+    grid = set(results[0].curve)
+    return set(plan.learning_rates) <= grid and all(
+        set(outcome.curve) == grid and outcome.test.count == len(plan.seeds) for outcome in results
     )
 
 

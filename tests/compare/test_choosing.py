@@ -82,7 +82,8 @@ def test_only_the_seeds_of_the_search_choose(plan):
 
 
 def test_unfinished_learning_rates_do_not_count(plan):
-    rows = [row("ours", 1e-3, seed, validation=0.1) for seed in SEEDS] + [row("ours", 2e-3, 0, validation=0.9)]
+    rows = [row(label, 1e-3, seed, validation=0.1) for seed in SEEDS for label in plan.optimizers]
+    rows += [row(label, 2e-3, 0, validation=0.9) for label in plan.optimizers]
     assert best_rate(plan, rows, "ours") == 1e-3
     assert math.isnan(best_rate(plan, [], "ours"))
 
@@ -110,6 +111,30 @@ def test_less_may_be_better(tmp_path):
 )
 def test_grid_grows_where_someone_is_best_at_its_end(plan, curves, expected):
     assert extended(plan, rows_of(curves), RATES) == pytest.approx(expected)
+
+
+def test_grid_grows_where_an_end_is_as_good_as_the_best(plan):
+    flat = {"AdamW": (0.1, 0.5, 0.2), "ours": (0.1, 0.5, 0.5)}
+    assert extended(plan, rows_of(flat), RATES) == (*RATES, 8e-3)
+
+
+def test_only_rates_that_all_have_count(plan):
+    """A row that is left over from another grid gives its optimizer no learning rate that the others had not."""
+    rows = rows_of({"AdamW": (0.1, 0.5, 0.2), "ours": (0.1, 0.5, 0.2)})
+    rows += [row("ours", 1.6e-2, seed, validation=0.9) for seed in SEEDS]
+    assert best_rate(plan, rows, "ours") == 2e-3
+    assert [outcome.is_inside for outcome in outcomes(plan, rows)] == [True, True]
+
+
+def test_a_seed_that_blew_up_is_no_tie(plan):
+    rows = rows_of(
+        {"AdamW": (0.1, 0.5, 0.2), "ours": (0.1, 0.5, 0.2)},
+        test=lambda label, rate, seed: math.nan if (label, seed) == ("ours", 3) else 0.5,
+    )
+    results = outcomes(plan, rows)
+    assert results[1].difference.verdict == "diverged"
+    assert not results[1].difference.within
+    assert "0 better, 0 tie, 0 worse, 1 diverged" in printing.summary(plan, results)
 
 
 def test_interval_is_students():

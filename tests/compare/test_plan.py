@@ -48,6 +48,7 @@ def test_every_optimizer_gets_the_same_runs(tmp_path):
 
 def test_arguments_become_flags(tmp_path):
     plan = load_plan(write(tmp_path))
+    plan.arguments["test_file"] = None
     words = plan.spec("model", 1e-3, 2).command_line()
     expected = "--full true --text_metrics bleu chrf --warmup_steps 0.1 --optim adatamw --optim_args scope=model"
     assert words == [*expected.split(), "--learning_rate", "0.001", "--seed", "2"]
@@ -78,6 +79,31 @@ def test_a_key_is_of_the_arguments_alone(tmp_path):
         ({"learning_rates": ["fast"]}, "learning_rates must be numbers, not 'fast'"),
         ({"tolerance": "nan"}, "tolerance must be numbers, not 'nan'"),
         ({"optimizers": {"AdamW": None}}, "optimizer 'AdamW' does not say its `optim`"),
+        (
+            {"optimizers": {"AdamW": "adamw_torch"}},
+            r"'AdamW' must be a mapping such as \{optim: adatamw\}",
+        ),
+        ({"optimizers": ["adamw_torch"]}, r"optimizers must be a mapping, not \['adamw_torch'\]"),
+        ({"optimizers": {"a": {"optim": "x"}, "b": {"optim": "x"}}}, "optimizers 'a' and 'b' are the same runs"),
+        ({"optimizers": {"a": {"optim": "x", "learning_rates": [1]}}}, "learning_rates is set for each run: take it"),
+        ({"arguments": {"seed": 1}}, "seed is set for each run: take it out of the arguments"),
+        ({"arguments": [1]}, r"arguments must be a mapping, not \[1\]"),
+        ({"learning_rates": 1e-3}, "learning_rates must be a list, not 0.001"),
+        ({"seeds": 5}, "seeds must be a list, not 5"),
+        ({"also_shown": "test_loss"}, "also_shown must be a list, not 'test_loss'"),
+        ({"validation_metric": 3}, "validation_metric must be a word, not 3"),
+        ({"max_extensions": -1}, "max_extensions must be a whole number of at least 0, not -1"),
+        ({"max_extensions": "many"}, "max_extensions must be a whole number of at least 0, not 'many'"),
+        ({"validation_metric": "eval_loss"}, "say greater_is_better, true or false, for 'eval_loss', not None"),
+        ({"greater_is_better": "no"}, "say greater_is_better, true or false, for 'eval_accuracy', not 'no'"),
+        ({"arguments": {"test_file": "./x", "validation_file": "x"}}, "validation_file is the test_file"),
+        (
+            {
+                "arguments": {"test_file": "x"},
+                "optimizers": {"a": {"optim": "x"}, "b": {"optim": "x", "validation_file": "x"}},
+            },
+            "validation_file is the test_file",
+        ),
     ],
 )
 def test_bad_plans_are_one_sentence(changes, message, tmp_path):

@@ -17,6 +17,7 @@ pytest.importorskip("scipy")
 
 from hf_tam.cli import main
 from hf_tam.compare import running
+from hf_tam.compare.journal import ROWS_NAME, Journal
 from hf_tam.compare.plan import PlanError, load_plan
 
 # Stands for a recipe: its accuracy is best at 4e-3 for AdamW, at 2e-3 for ours, and a little higher there.
@@ -31,7 +32,7 @@ rate, seed = float(words["learning_rate"]), int(words["seed"])
 ours = words["optim"] == "adatamw"
 folder = pathlib.Path(words["output_dir"])
 (folder.parent / "calls").open("a").write(f"{words['optim']} {rate:g} {seed} {words['place']}\\n")
-if words.get("fails") == f"{words['optim']} {rate:g} {seed}":
+if words.get("fails") in ("every", f"{words['optim']} {rate:g} {seed}"):
     sys.exit("classify.py: error: the disk is full")
 accuracy = 0.6 + 0.01 * ours - 0.1 * math.log(rate / (2e-3 if ours else 4e-3)) ** 2 + 0.001 * seed
 folder.mkdir()
@@ -67,7 +68,7 @@ def bench(tmp_path):
 
         def run(self, plan, engine=running.locally, metrics=("eval_accuracy", "test_accuracy")):
             workshop = running.Workshop(tmp_path / "recipe.py", self.folder, 1, {"data": "/somewhere"}, 2, metrics)
-            journal = running.Journal(self.folder / running.ROWS_NAME)
+            journal = Journal(self.folder / ROWS_NAME)
             return running.compare(plan, journal, partial(engine, workshop), self.said.append)
 
         def calls(self):
@@ -89,7 +90,7 @@ def test_searches_extends_and_finishes(bench):
         "a best learning rate lies at an end of the grid: all optimizers are run at 0.004 too",
         "a best learning rate lies at an end of the grid: all optimizers are run at 0.008 too",
     ]
-    row = json.loads((bench.folder / running.ROWS_NAME).read_text().splitlines()[0])
+    row = json.loads((bench.folder / ROWS_NAME).read_text().splitlines()[0])
     assert row["optimizer"] == {"AdamW": "AdamW", "ours": "AdaTAMW"}[row["label"]]
     assert "{data}/x" in row["command"]  # the row goes from machine to machine
     assert "/somewhere" not in json.dumps(row)
@@ -122,7 +123,7 @@ def test_a_failed_run_keeps_the_others(bench):
     plan = bench.plan(arguments={"place": "{data}/x", "fails": "adatamw 0.001 0"})
     with pytest.raises(running.RunError, match=r"1 of 4 runs failed; the first: ours, learning rate 0\.001, seed 0"):
         bench.run(plan)
-    rows = running.Journal(bench.folder / running.ROWS_NAME).of(plan)
+    rows = Journal(bench.folder / ROWS_NAME).of(plan)
     assert len(rows) == 3
     number = len(bench.calls())
     with pytest.raises(running.RunError, match=r"1 of 1 .*: classify.py: error: the disk is full \(all of it: "):
@@ -153,14 +154,78 @@ def test_a_kill_between_two_runs(bench):
 
 def test_a_line_that_was_cut_off_is_done_again(bench):
     rows = bench.run(bench.plan())
-    path = bench.folder / running.ROWS_NAME
+    path = bench.folder / ROWS_NAME
     path.write_text(path.read_text()[:-20])
     number = len(bench.calls())
     assert len(bench.run(bench.plan())) == len(rows)
     assert len(bench.calls()) == number + 1
     path.write_text("{}\n" + path.read_text())
     with pytest.raises(PlanError, match=r"rows\.jsonl, line 1, is not a row"):
-        running.Journal(path)
+        Journal(path)
+
+
+def test_a_line_break_that_was_cut_off_costs_nothing(bench):
+    bench.run(bench.plan())
+    path = bench.folder / ROWS_NAME
+    whole = path.read_text()
+    path.write_text(whole[:-1])
+    number = len(bench.calls())
+    bench.run(bench.plan(seeds=[0, 1, 2, 3]))
+    assert len(bench.calls()) == number + 2
+    assert path.read_text().startswith(whole)
+    assert len(Journal(path).of(bench.plan())) == number + 2
+
+
+def test_reading_leaves_the_file_as_it_is(bench):
+    """Somebody else may be writing just then."""
+    bench.run(bench.plan())
+    path = bench.folder / ROWS_NAME
+    path.write_text(path.read_text()[:-20])
+    before = path.read_bytes()
+    assert Journal(path).of(bench.plan())
+    assert path.read_bytes() == before
+
+
+def test_an_optimizer_may_get_another_name(bench):
+    first = bench.run(bench.plan())
+    number = len(bench.calls())
+    renamed = {"AdamW": {"optim": "adamw_torch"}, "theirs": {"optim": "adatamw"}}
+    rows = bench.run(bench.plan(optimizers=renamed))
+    assert len(bench.calls()) == number
+    names = {"AdamW": "AdamW", "ours": "theirs"}
+    assert rows == [{**row, "label": names[row["label"]]} for row in first]
+
+
+def test_rows_of_another_recipe_are_left_aside(bench):
+    first = bench.run(bench.plan())
+    assert len(bench.run(bench.plan(recipe="vision"))) == len(first)
+    assert len(bench.calls()) == 2 * len(first)
+
+
+def test_a_row_of_an_older_version_has_its_recipe_in_its_command(bench):
+    first = bench.run(bench.plan())
+    path = bench.folder / ROWS_NAME
+    rows = [{name: value for name, value in row.items() if name != "recipe"} for row in first]
+    path.write_text("".join(json.dumps(row).replace("/recipe.py", "/classify.py") + "\n" for row in rows))
+    assert len(Journal(path).of(bench.plan())) == len(first)
+    assert not Journal(path).of(bench.plan(recipe="vision"))
+
+
+def test_where_all_fail_the_rest_is_not_tried(bench, capsys):
+    plan = bench.plan(arguments={"place": "{data}/x", "fails": "every"})
+    with pytest.raises(running.RunError, match=r"the first 3 runs all failed; the first: .*disk is full"):
+        bench.run(plan)
+    assert len(bench.calls()) < 6  # two at a time: one or two more had begun
+    assert capsys.readouterr().out.count("failed: ") == 3
+
+
+def test_what_a_run_that_was_cut_off_has_left_is_removed(bench):
+    plan = bench.plan()
+    left = bench.folder / f"{plan.spec('AdamW', 1e-3, 0).key}-123"
+    left.mkdir()
+    (left / "weights").write_text("much")
+    bench.run(plan)
+    assert not left.exists()
 
 
 def test_ray_does_the_same(bench):
@@ -200,7 +265,29 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out == output[output.index("| optimizer") :]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_folder_is_of_one_process_and_of_one_data_set(tmp_path, capsys):
+    from filelock import FileLock
+
+    content = {
+        "recipe": "classify",
+        "arguments": {"train_file": "{data}/train.csv"},
+        "optimizers": {"AdamW": {"optim": "adamw_torch"}},
+        "learning_rates": [1e-3],
+        "seeds": [0],
+    }
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    words = ["compare", str(tmp_path / "p.yaml"), f"--output={tmp_path / 'out'}"]
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / "lock"):
+        assert main([*words, "--place=data=one"]) == 1
+    assert "out is in use by another `hf-tam compare`: wait, or" in capsys.readouterr().err
+    assert main([*words, "--place=data=one"]) == 1  # there is no such file
+    assert "failed" in capsys.readouterr().err
+    assert main([*words, "--place=data=two"]) == 1
+    assert "out was begun with --place data=one, not two: give another --output, or," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_runs_too(number, tmp_path):
     """And says that what was finished is kept."""
     content = {
@@ -254,3 +341,12 @@ def is_running(pid):
 def test_bad_use_is_one_sentence(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "none.yaml")]) == 1
     assert re.fullmatch(r"hf-tam compare: .*none\.yaml cannot be read: .*\n", capsys.readouterr().err)
+    (tmp_path / "good.yaml").write_text(
+        "{recipe: classify, optimizers: {a: {optim: x}}, learning_rates: [1], seeds: [0]}"
+    )
+    (tmp_path / "file").write_text("")
+    assert main(["compare", str(tmp_path / "good.yaml"), f"--output={tmp_path / 'file' / 'x'}"]) == 1
+    assert re.fullmatch(r"hf-tam compare: .*Not a directory.*\n", capsys.readouterr().err)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\n")
+    assert main(["compare", str(tmp_path / "good.yaml"), f"--output={tmp_path}"]) == 1
+    assert "rows.jsonl, line 1, is not a row of a comparison: b'" in capsys.readouterr().err
