@@ -83,7 +83,13 @@ def main(argv: list[str] | None = None) -> int:
     parts = {name: cut(splits[name], encoded[name], sequence.domain_column, domains) for name in splits}
     candidates = None
     if sequence.scenario == "task_incremental":
-        candidates = candidate_labels(parts["train"], names, domains)
+        candidates = candidate_labels(parts, names, domains)
+        if arguments.label_smoothing_factor:
+            raise RecipeError(
+                f"label_smoothing_factor {arguments.label_smoothing_factor:g} would smooth over the labels of other "
+                "domains: leave it 0 with --scenario task_incremental."
+            )
+    steps = sequence_report.StepCount()
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -91,14 +97,14 @@ def main(argv: list[str] | None = None) -> int:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_loss_func=None if candidates is None else loss_among(candidates),
+        callbacks=[steps],
     )
     adapters.use_loraplus(trainer, lora)
     accuracies = train_through(trainer, domains, parts, candidates)
-    num_steps = sum(_steps(trainer, len(part)) for part in parts["train"])
     num_records = len(encoded["train"])
     sequence_report.report(
         "domains", trainer, accuracies, domain_metrics, groups,
-        num_steps=num_steps, num_records=num_records, started=started,
+        num_steps=steps.count, num_records=num_records, started=started,
     )  # fmt: skip
     return 0
 
@@ -122,12 +128,6 @@ def load_splits(
 def _with_domain(split: records.Records, column: str, domain_of: dict[str, str]) -> records.Records:
     domains = [domain_of[label] for label in split.dataset["label"]]
     return records.Records(split.dataset.add_column(column, domains), split.source)
-
-
-def _steps(trainer: Trainer, num_records: int) -> int:
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    return int(trainer.args.num_train_epochs * -(-num_records // trainer.args.train_batch_size))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ def cut(records: Records, encoded: Dataset, column: str, domains: list[str]) -> 
     return [encoded.select(found) for found in places.values()]
 
 
-def candidate_labels(parts: list[Dataset], names: list[str], domains: list[str]) -> torch.Tensor:
+def candidate_labels(parts: dict[str, list[Dataset]], names: list[str], domains: list[str]) -> torch.Tensor:
     """Return which labels a record may have whose domain is known.
 
     Args:
-        parts: training records of each domain.
+        parts: for each split ("train" among them) its part of each domain.
         names: of the labels.
         domains: their names.
 
@@ -72,10 +72,11 @@ def candidate_labels(parts: list[Dataset], names: list[str], domains: list[str])
         Whether label j belongs to the domain of label i: bool, shape (num_labels, num_labels).
 
     Raises:
-        RecipeError: a label belongs to two domains, so that it does not tell the domain.
+        RecipeError: a label belongs to two domains, so that it does not tell the domain, or to another one elsewhere
+            than in training.
     """
     domain_of: dict[int, int] = {}
-    for position, part in enumerate(parts):
+    for position, part in enumerate(parts["train"]):
         for label in sorted(set(part["labels"])):
             if label in domain_of:
                 raise RecipeError(
@@ -83,7 +84,14 @@ def candidate_labels(parts: list[Dataset], names: list[str], domains: list[str])
                     f"{domains[position]!r}: task_incremental needs labels that are of one; rename it in one of them."
                 )
             domain_of[label] = position
-    of_label = torch.tensor([domain_of[label] for label in range(len(names))])
+    for split, of_domains in parts.items():
+        for position, part in enumerate(of_domains):
+            if strange := [label for label in sorted(set(part["labels"])) if domain_of.get(label) != position]:
+                raise RecipeError(
+                    f"{split} has the label {names[strange[0]]!r} in the domain {domains[position]!r}, where no "
+                    "training record has it: task_incremental needs one that has, or leave the records out."
+                )
+    of_label = torch.tensor([domain_of.get(label, -1) for label in range(len(names))])
     return of_label[:, None] == of_label
 
 

@@ -6,10 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from recipes.support import models, parallel, reporting
 from recipes.support.output import RESULTS_NAME, naming_a_full_disk
+
+
+class StepCount(TrainerCallback):
+    """Counts the optimizer's steps, through as many calls of `train` as there are.
+
+    Attributes:
+        count: So far.
+    """
+
+    count = 0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Take one more."""
+        self.count += 1
+
 
 _PREFIXES = {"validation": "eval", "test": "test"}
 

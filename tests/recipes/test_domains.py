@@ -68,20 +68,31 @@ NAMES = ["hear", "lend", "read", "return"]
 
 
 def test_a_label_is_told_from_those_of_its_domain():
-    candidates = domain_sequence.candidate_labels(PARTS, NAMES, ["a", "b"])
+    candidates = domain_sequence.candidate_labels({"train": PARTS}, NAMES, ["a", "b"])
     assert candidates.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
 
 
 def test_a_label_of_two_domains_is_named():
     parts = [*PARTS, Dataset.from_dict({"labels": [2]})]
     with pytest.raises(RecipeError, match="the label 'read' is of two domains, 'a' and 'c'"):
-        domain_sequence.candidate_labels(parts, NAMES, ["a", "b", "c"])
+        domain_sequence.candidate_labels({"train": parts}, NAMES, ["a", "b", "c"])
+
+
+def test_a_label_that_is_elsewhere_in_another_domain_is_named():
+    parts = {"train": PARTS, "test": [PARTS[0], Dataset.from_dict({"labels": [1, 2]})]}
+    with pytest.raises(RecipeError, match="test has the label 'read' in the domain 'b', where no training record"):
+        domain_sequence.candidate_labels(parts, NAMES, ["a", "b"])
+
+
+def test_a_label_that_nobody_has_is_nobodys_candidate():
+    candidates = domain_sequence.candidate_labels({"train": PARTS}, [*NAMES, "never"], ["a", "b"])
+    assert not candidates[:4, 4].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_sees_the_labels_of_the_domain_alone(dtype):
     """It is the cross-entropy over a domain's own logits, and moves no other logit; parts of a batch add up."""
-    candidates = domain_sequence.candidate_labels(PARTS, NAMES, ["a", "b"])
+    candidates = domain_sequence.candidate_labels({"train": PARTS}, NAMES, ["a", "b"])
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     labels = torch.tensor([0, 1, 2, 3, 0])
     columns = torch.tensor([[0, 2], [1, 3], [0, 2], [1, 3], [0, 2]])
@@ -104,6 +115,7 @@ def test_a_known_domain_is_forgotten_less(tmp_path):
         assert domains.main([*flags, f"--output_dir={tmp_path / scenario}"]) == 0
         results.append(json.loads((tmp_path / scenario / "results.json").read_text()))
     one_of_all, one_of_three = results
+    assert one_of_all["steps"] == one_of_three["steps"] == 240
     assert one_of_three["eval_forgetting"] < one_of_all["eval_forgetting"] - 0.1
     assert one_of_three["eval_final_accuracy"] > one_of_all["eval_final_accuracy"] + 0.1
 
@@ -112,6 +124,7 @@ def test_a_known_domain_is_forgotten_less(tmp_path):
     ("flags", "message"),
     [
         (["--save_strategy=epoch"], "a sequence of domains is not resumed"),
+        (["--label_smoothing_factor=0.1"], "label_smoothing_factor 0.1 would smooth over the labels of other"),
         (["--domain_column=text"], "no training record is of the domain"),
     ],
 )
