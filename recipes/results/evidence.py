@@ -12,8 +12,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from scipy import stats
+
 from hf_tam.compare import printing
-from hf_tam.compare.choosing import Outcome, Row, outcomes
+from hf_tam.compare.choosing import Difference, Outcome, Row, outcomes
 from hf_tam.compare.journal import Journal
 from hf_tam.compare.plan import Plan, load_plan
 from recipes.results import summary
@@ -143,11 +145,21 @@ def _counts(counted: list[Outcome]) -> str:
     differences = [outcome.difference for outcome in counted if outcome.difference is not None]
     verdicts = [difference.verdict for difference in differences]
     within = sum(difference.within for difference in differences)
+    decided = verdicts.count("better") + verdicts.count("worse")
     return (
         f"{verdicts.count('better')} better, {verdicts.count('tie')} ties, {verdicts.count('worse')} worse; "
         f"{within} of {len(counted)} within 0.2 points (losses: 0.002) or better. "
-        "A difference is positive where the torque is better."
+        "A difference is positive where the torque is better. One such interval in 20 leaves out 0 by chance: "
+        f"corrected for their number (Benjamini and Hochberg, 5%), {_corrected(differences)} of the {decided} that do "
+        "remain."
     )
+
+
+def _corrected(differences: list[Difference]) -> int:
+    """How many differences are not 0 where at most 5% of those said to be so may be there by chance."""
+    values = [difference.by_seed for difference in differences if len(set(difference.by_seed)) > 1]
+    chances = [stats.ttest_1samp(value, 0.0).pvalue for value in values]
+    return int((stats.false_discovery_control(chances) < 0.05).sum()) if chances else 0
 
 
 def _rates(rates: list[tuple[float, float]]) -> str:
