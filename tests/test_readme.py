@@ -33,6 +33,7 @@ def test_the_page_of_comparisons_is_generated():
     assert overview() in README
     assert step_sizes() in README
     assert page() == (FOLDER / "comparisons.md").read_text()
+    assert "(at an end of the grid)" not in page()
 
 
 def test_the_older_table_follows_its_rows(tmp_path):
