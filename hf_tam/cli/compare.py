@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_tam.compare.plan import Plan
 
-_NEEDED = {"yaml": "pyyaml", "scipy": "scipy"}
+_NEEDED = {"yaml": "pyyaml", "scipy": "scipy", "filelock": "filelock"}
 
 
 def add_parser(subparsers: Any) -> None:
