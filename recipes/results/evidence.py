@@ -26,6 +26,7 @@ _STUDIES = ("-variants", "-step-size", "-warmup", "-others")
 """Ends of names of plans that look into the torque itself or at further optimizers, on data of another plan: they are
 not counted again."""
 
+_UNNAMED = "2-core virtual machine, torch 2.13 (CPU)"
 _PAGE = """\
 # Comparisons
 
@@ -35,8 +36,7 @@ Each of them is one command, `hf-tam compare` with the plan. Every optimizer has
 the same seeds; where a best rate lay at an end, the grid was extended for all. The best rate was chosen by the mean of
 the validation metric, then all seeds were run at it, and only then was the test metric looked at. Intervals are
 Student's t over seeds, differences are paired by seed: "better" and "worse" where their interval leaves out 0. What a
-run was measured on stands beside the rows; where nothing stands there, it was a 2-core virtual machine, torch 2.13
-(CPU).
+run was measured on stands beside the rows; where nothing stands there, it was a {unnamed}.
 
 {sections}
 
@@ -177,7 +177,7 @@ def page(folder: Path = FOLDER) -> str:
     Args:
         folder: Where the rows are.
     """
-    return _PAGE.format(sections=sections(folder), older=summary.table())
+    return _PAGE.format(unnamed=_UNNAMED, sections=sections(folder), older=summary.table())
 
 
 def sections(folder: Path = FOLDER) -> str:
@@ -232,9 +232,11 @@ def _plans() -> list[Path]:
 
 
 def _where(rows: list[Row]) -> str:
-    """What the rows were measured on, where they say it."""
-    found = [row["environment"] for row in rows if row.get("environment")]
+    """What the rows were measured on, where any of them says it."""
+    found = [row.get("environment") or {} for row in rows]
     places = {f"{place['device']}, torch {place['torch']}" for place in found if "device" in place}
+    if places and any("device" not in place for place in found):
+        places.add(f"{_UNNAMED} for {sum('device' not in place for place in found)} of them")
     return f" ({'; '.join(sorted(places))})" if places else ""
 
 
