@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_tam.buffers import TABLE
 from hf_tam.hyperparameters import validate, validate_step_size
+from hf_tam.step.buffers import TABLE
 
 if TYPE_CHECKING:
     from hf_tam.sharding import Reducer

@@ -220,10 +220,8 @@ def test_a_thousand_tensors_of_mixed_sizes_take_one_call(monkeypatch):
     """And the step of the readable backend."""
     sizes = [(7 * number**2) % 3001 for number in range(1000)]
     assert min(sizes) == 0
-    calls, call = [], native._Table.call
-    monkeypatch.setattr(
-        native._Table, "call", lambda table, name, *numbers: (calls.append(name), call(table, name, *numbers))
-    )
+    calls, call = [], native._call
+    monkeypatch.setattr(native, "_call", lambda name, *numbers: (calls.append(name), call(name, *numbers)))
     results = []
     for options in ({}, {"foreach": False, "fused": False}):
         generator = torch.Generator().manual_seed(0)
@@ -249,15 +247,15 @@ def test_sums_are_those_of_fp64(dtype, wanted, decay):
     for scale in (1.0, 1e-25, 1e25, 0.0):
         parameter.grad = (torch.randn(300_007) * scale).to(dtype)
         optimizer.step()
-        (bucket,) = optimizer._gatherer.buckets(optimizer, LocalReducer())
-        (entry,) = bucket.entries
-        grad, first, param = (tensor.double() for tensor in (entry.raw_grad, entry.first, parameter.detach()))
+        (batch,) = optimizer._pipeline._gatherer.batches(optimizer.param_groups, optimizer.state, LocalReducer())
+        held = (parameter.grad, optimizer.state[parameter]["exp_avg"], parameter.detach())
+        grad, first, param = (tensor.double() for tensor in held)
         seen = grad + decay * param if wanted else grad
         expected = [(first * seen).sum(), first.square().sum(), seen.square().sum(), grad.square().sum()]
         if not wanted:
             expected[:2] = [0.0, 0.0]
         terms = (first * seen).abs().sum()
-        actual = native.partial_sums([entry], with_dot=[wanted])[0]
+        actual = native.partial_sums(batch.tensors, with_dot=[wanted])[0]
         assert abs(actual[0] - expected[0]) <= 1e-6 * terms
         torch.testing.assert_close(actual[1:], torch.tensor(expected[1:]).double(), rtol=1e-6, atol=0.0)
 

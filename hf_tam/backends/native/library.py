@@ -60,9 +60,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(_compiled()))
     except (_Unavailable, OSError) as error:
         return None, str(error)
-    address, count = ctypes.c_void_p, ctypes.c_int64
+    address, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.hf_tam_sums.argtypes = [address, count, count, address]
-    library.hf_tam_step.argtypes = [address, count, count, address, address, address]
+    library.hf_tam_step.argtypes = [address, count, count, address, flag, flag, address, address]
+    library.hf_tam_scalar_stage.argtypes = [count, address, flag, address, address, address, address]
     for update in (library.hf_tam_adam, library.hf_tam_sgd):
         update.argtypes = [address, count, count, address, ctypes.c_double]
     return library, ""
