@@ -45,7 +45,7 @@ class TorqueAware(Optimizer, ABC):
         self._logical = LogicalTensors()
         self._telemetry = Telemetry()
         self._just_loaded = False
-        self._pipeline = Pipeline(self.family, name=self._describe, telemetry=self._telemetry)
+        self._pipeline = Pipeline(self.family, self._telemetry)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -153,6 +153,7 @@ class TorqueAware(Optimizer, ABC):
             self.param_groups,
             self.state,
             reducer,
+            name=self._describe,
             limit=self._max_grad_norm(),
             found_inf=getattr(self, "found_inf", None),
             grad_scale=getattr(self, "grad_scale", None),

@@ -247,7 +247,9 @@ def test_sums_are_those_of_fp64(dtype, wanted, decay):
     for scale in (1.0, 1e-25, 1e25, 0.0):
         parameter.grad = (torch.randn(300_007) * scale).to(dtype)
         optimizer.step()
-        (batch,) = optimizer._pipeline._gatherer.batches(optimizer.param_groups, optimizer.state, LocalReducer())
+        (batch,) = optimizer._pipeline._gatherer.batches(
+            optimizer.param_groups, optimizer.state, LocalReducer(), name=str
+        )
         held = (parameter.grad, optimizer.state[parameter]["exp_avg"], parameter.detach())
         grad, first, param = (tensor.double() for tensor in held)
         seen = grad + decay * param if wanted else grad

@@ -29,15 +29,13 @@ _LAYOUT, _DEVICE = attrgetter("layout"), attrgetter("device")
 class Gatherer:
     """Makes the batches of a step, and remembers where their tensors lie."""
 
-    def __init__(self, family: Family, name: Callable[[int], str]) -> None:
+    def __init__(self, family: Family) -> None:
         """Know nothing yet.
 
         Args:
             family: Whose step it is.
-            name: The name of the logical tensor at a position, for errors.
         """
         self._family = family
-        self._name = name
         self._known: dict[Options, tuple[Memory, list[int] | None]] = {}
         self._captured: list[Any] = []
 
@@ -46,6 +44,8 @@ class Gatherer:
         param_groups: Sequence[dict[str, Any]],
         states: MutableMapping[Tensor, dict[str, Any]],
         reducer: Reducer,
+        *,
+        name: Callable[[int], str],
     ) -> list[Batch]:
         """The tensors that have a gradient; creates their states.
 
@@ -53,6 +53,7 @@ class Gatherer:
             param_groups: The optimizer's.
             states: `optimizer.state`.
             reducer: Says what this rank holds of each parameter.
+            name: The name of the logical tensor at a position, for errors.
 
         Raises:
             RuntimeError: A gradient is sparse, or a parameter is on the meta device.
@@ -61,11 +62,12 @@ class Gatherer:
         found: dict[Options, _Gathered] = {}
         index = 0
         for group in param_groups:
-            self._gather(found, group, states, reducer, first_index=index)
+            self._gather(found, group, states, reducer, first_index=index, name=name)
             index += len(group["params"])
         known, batches = {}, []
         for options, gathered in found.items():
-            batch, known[options] = self._batch(options, gathered, *self._known.get(options, (None, None)))
+            before = self._known.get(options, (None, None))
+            batch, known[options] = self._batch(options, gathered, *before, name=name)
             batches.append(batch)
         self._known = known
         return batches
@@ -78,6 +80,7 @@ class Gatherer:
         reducer: Reducer,
         *,
         first_index: int,
+        name: Callable[[int], str],
     ) -> None:
         """Add the tensors of a param group to those that are `found`."""
         grads = [reducer.gradient(param) for param in group["params"]]
@@ -95,28 +98,28 @@ class Gatherer:
             chosen = [at for at, other in enumerate(devices) if other == device]
             first = owners[chosen[0]]
             if device.type == "meta":
-                self._refuse_meta(first_index + places[chosen[0]], first)
+                _refuse_meta(name(first_index + places[chosen[0]]), first)
             options = _options(group, device, first)
             if options not in found:
                 found[options] = _Gathered(self._family, on_host=options.on_host)
             held = _Held([owners[at] for at in chosen], [present[at] for at in chosen], [places[at] for at in chosen])
             found[options].add(held, group, states, reducer, first_index=first_index)
 
-    def _refuse_meta(self, index: int, param: Tensor) -> None:
-        raise RuntimeError(
-            f"parameter {self._name(index)} (shape {tuple(param.shape)}) is on the meta device and has no values to "
-            "update; materialise the model (module.to_empty, or load its weights) before training"
-        )
-
     def _batch(
-        self, options: Options, gathered: _Gathered, memory: Memory | None, addresses: list[int] | None
+        self,
+        options: Options,
+        gathered: _Gathered,
+        memory: Memory | None,
+        addresses: list[int] | None,
+        *,
+        name: Callable[[int], str],
     ) -> tuple[Batch, tuple[Memory, list[int] | None]]:
         """The batch, and what is to be remembered of it; `memory` and `addresses` are what was the last time."""
         lists = [_real(tensors) for tensors in (gathered.params, gathered.grads, *gathered.moments)]
         params, grads, firsts, seconds = lists if len(lists) == 4 else [*lists, []]
         indices, keys = gathered.indices, self._family.scalar_states
         memory, fits = look(
-            params, grads, firsts, seconds, known=memory, name=lambda at: self._name(indices[at])
+            params, grads, firsts, seconds, known=memory, name=lambda at: name(indices[at])
         )  # fmt: skip
         packed = pack(
             gathered.states, gathered.scalars, keys=keys, shapes=gathered.shapes, device=options.device,
@@ -134,6 +137,13 @@ class Gatherer:
         )
         batch = Batch(options, tensors, indices, gathered.present, backend, packed, keys)
         return batch, (memory, packed.addresses)
+
+
+def _refuse_meta(name: str, param: Tensor) -> None:
+    raise RuntimeError(
+        f"parameter {name} (shape {tuple(param.shape)}) is on the meta device and has no values to update; "
+        "materialise the model (module.to_empty, or load its weights) before training"
+    )
 
 
 def _options(group: Mapping[str, Any], device: torch.device, param: Tensor) -> Options:

@@ -27,14 +27,13 @@ class Pipeline:
 
     Args:
         family: Which optimizer it is.
-        name: The name of the logical tensor at a position.
         telemetry: Is told what was seen.
     """
 
-    def __init__(self, family: Family, *, name: Callable[[int], str], telemetry: Telemetry) -> None:
+    def __init__(self, family: Family, telemetry: Telemetry) -> None:
         """Nothing is known of any tensor yet."""
-        self._family, self._name, self._telemetry = family, name, telemetry
-        self._gatherer = Gatherer(family, name)
+        self._family, self._telemetry = family, telemetry
+        self._gatherer = Gatherer(family)
 
     def step(
         self,
@@ -42,6 +41,7 @@ class Pipeline:
         states: States,
         reducer: Reducer,
         *,
+        name: Callable[[int], str],
         limit: float | None,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
@@ -54,12 +54,13 @@ class Pipeline:
             param_groups: The optimizer's.
             states: `optimizer.state`; what a tensor lacks is created.
             reducer: Makes the sums whole.
+            name: The name of the logical tensor at a position.
             limit: The norm to which the gradients are clipped, if they are.
             found_inf: Not 0 where the step must not be taken, shape () or (1,); torch.amp.GradScaler's.
             grad_scale: What the gradients are to be divided by, shape () or (1,); GradScaler's.
         """
         is_new = not states
-        batches = self._gatherer.batches(param_groups, states, reducer)
+        batches = self._gatherer.batches(param_groups, states, reducer, name=name)
         guards.require_one_device(batches)
         scaler = None if found_inf is None and grad_scale is None else guards.LossScale(found_inf, grad_scale)
         left = batches
@@ -68,13 +69,13 @@ class Pipeline:
         # Not by what this rank has gradients of: all must take as many reductions.
         is_coupled = self._family.coupled and any(group["weight_decay"] for group in param_groups)
         if is_coupled and (limit is not None or scaler is not None):
-            self._scale_first(left, reducer, param_groups, limit, scaler)
+            self._scale_first(left, reducer, param_groups, limit, scaler, name=name)
         else:
             self._reduce(left, reducer, param_groups, needs_norms=limit is not None or scaler is not None)
             guards.scale(left, limit, scaler)
         if scaler is not None and scaler.calls_off(left, is_sharded=not isinstance(reducer, LocalReducer)):
             return
-        guards.refuse_nonfinite(left, self._name)
+        guards.refuse_nonfinite(left, name)
         for together in _by_device(left):
             guards.leave_out_nonfinite(together, self._telemetry)
             shared = _shared_sums(together)
@@ -159,12 +160,14 @@ class Pipeline:
         param_groups: ParamGroups,
         limit: float | None,
         scaler: guards.LossScale | None,
+        *,
+        name: Callable[[int], str],
     ) -> None:
         """Scale the gradients themselves, to which a coupled decay is added, before their sums are taken."""
         self._reduce(batches, reducer, param_groups, needs_norms=True, only_norms=True)
         guards.scale(batches, limit, scaler)
         if scaler is None:
-            guards.refuse_nonfinite(batches, self._name)
+            guards.refuse_nonfinite(batches, name)
         squares = [batch.raw_grad_sq for batch in batches]
         for batch in batches:
             batch.scale_grads_now()
