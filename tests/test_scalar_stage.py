@@ -211,7 +211,7 @@ def test_a_dialect_is_the_reference(rule, dialect, data):
 )
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_moment_of_which_nothing_is_left_has_no_angle(options, kernels, monkeypatch):
-    """One element, nothing kept, gradients +1 -1 -1: opposed once, so the second step is of weight 0, and its scale 0."""
+    """One element, nothing kept, gradients +1 -1 -1: opposed, the second has weight 0, and the moment scale 0."""
     if not kernels:
         monkeypatch.setattr("hf_tam.backends.native.is_available", lambda: False)
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
