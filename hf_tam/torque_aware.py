@@ -69,15 +69,18 @@ class TorqueAware(Optimizer, ABC):
     def attach(self, module: nn.Module) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
 
-        Needed under FSDP1, where only the module knows how its parameters are cut; optional otherwise.
+        Needed under FSDP1 and DeepSpeed ZeRO, where only the module leads to how its parameters are cut (the Trainer,
+        `Accelerator.prepare` and `deepspeed.initialize` call it); optional otherwise. An optimizer over several
+        modules is attached to each.
 
         The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
-        optimizer was built is accepted again if it is the module's.
+        optimizer was built is accepted again if it is the module's. The module is not kept alive.
 
         Raises:
             ValueError: The module owns none of the optimizer's parameters.
+            RuntimeError: A parameter says that it is a part of a tensor, or is in a flat parameter of FSDP1's.
         """
-        self._logical.attach(module, list(self._params()))
+        self._logical.attach(module, self.param_groups)
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -116,7 +119,7 @@ class TorqueAware(Optimizer, ABC):
             return
         for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
             yield range(len(table)), table.nan_to_num(0.0)
-        for buffer, indices in self._logical.buffers():
+        for buffer, indices in self._logical.buffers(self.state):
             if self.state[buffer]["torque"].ndim == 1:
                 yield indices, self.state[buffer]["torque"]
 
@@ -365,7 +368,7 @@ class TorqueAware(Optimizer, ABC):
         self._telemetry.read_skipped()
         packed = super().state_dict()
         if self._logical.is_partitioned(self.param_groups):
-            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
+            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers(self.state)]
             buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
             return packed
         return checkpoint.complete(self, packed)
