@@ -62,10 +62,11 @@ class OwnedParameters:
             params: What stands there, in order: the user's parameters, or what FSDP made of them.
             owned: The ids of the attached modules' parameters, which are remembered too.
         """
-        present = {*map(id, params), *owned}
+        owned = set(owned)
+        present = owned.union(map(id, params))
         self._memories = {key: memory for key, memory in self._memories.items() if key in present}
         for param in params:
-            if id(param) not in self._memories:  # put there by hand; a name would be another tensor's
+            if id(param) not in owned and not self.knows(param):  # put there by hand: the name may be another's
                 self._names.pop(id(param), None)
             self._memories[id(param)] = _remember(param)
         self._names = {key: name for key, name in self._names.items() if key in present}
