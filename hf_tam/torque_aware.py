@@ -19,7 +19,7 @@ from hf_tam.bucket import Bucket
 from hf_tam.gathering import Gatherer
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import LocalReducer, Reducer, Span
+from hf_tam.sharding import FSDP1_MARK, LocalReducer, Reducer, Span
 from hf_tam.telemetry import Telemetry
 
 
@@ -88,12 +88,13 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
-            `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
-            paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
-            unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
-            first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
-            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
-            "tensor", whole steps with scope "model".
+            After a load under FSDP1, torque and damping are NaN on a rank that holds nothing of a tensor, until the
+            next step. `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr *
+            c_t in the paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names,
+            None where unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN
+            before the first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
+            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope "tensor",
+            whole steps with scope "model".
         """
         names = self._names()
         device = next((param.device for param in self._params()), torch.device("cpu"))
@@ -116,6 +117,8 @@ class TorqueAware(Optimizer, ABC):
             for index, param in enumerate(self._params()):
                 if param in self.state and "torque" in self.state[param]:
                     yield [index], self.state[param]["torque"].reshape(1)
+                elif self._just_loaded and getattr(param, FSDP1_MARK, False):  # the next step tells this rank
+                    yield [index], torch.full((1,), torch.nan)
             return
         for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
             yield range(len(table)), table.nan_to_num(0.0)
