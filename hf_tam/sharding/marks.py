@@ -55,7 +55,8 @@ def mark_of_part(param: Tensor, modules: Sequence[nn.Module]) -> str | None:
     """
     for mark in _MARKS:
         value = getattr(param, mark.attribute, None)
-        if value is not None and value == mark.value and not _is_whole_anyway(param, mark.attribute, modules):
+        says_so = isinstance(value, type(mark.value)) and value == mark.value
+        if says_so and not _is_whole_anyway(param, mark.attribute, modules):
             return f"it is marked {mark.attribute}={value}: {mark.meaning}"
     if tuple(getattr(getattr(param, "dist_layout", None), "global_shape", param.shape)) != tuple(param.shape):
         return f"its dist_layout says that it is {_TENSOR_PARALLEL} (ColossalAI)"
