@@ -15,7 +15,7 @@ from hf_tam import checkpoint
 from hf_tam.family import Family
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import Reducer, Span
+from hf_tam.sharding import FSDP1_MARK, Reducer, Span
 from hf_tam.step import buffers, guards
 from hf_tam.step.pipeline import Pipeline
 from hf_tam.step.telemetry import Telemetry
@@ -63,15 +63,18 @@ class TorqueAware(Optimizer, ABC):
     def attach(self, module: nn.Module) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
 
-        Needed under FSDP1, where only the module knows how its parameters are cut; optional otherwise.
+        Needed under FSDP1 and DeepSpeed ZeRO, where only the module leads to how its parameters are cut (the Trainer,
+        `Accelerator.prepare` and `deepspeed.initialize` call it); optional otherwise. An optimizer over several
+        modules is attached to each.
 
         The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
-        optimizer was built is accepted again if it is the module's.
+        optimizer was built is accepted again if it is the module's. The module is not kept alive.
 
         Raises:
             ValueError: The module owns none of the optimizer's parameters.
+            RuntimeError: A parameter says that it is a part of a tensor, or is in a flat parameter of FSDP1's.
         """
-        self._logical.attach(module, list(self._params()))
+        self._logical.attach(module, self.param_groups)
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -79,12 +82,13 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
-            `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
-            paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
-            unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
-            first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
-            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
-            "tensor", whole steps with scope "model".
+            After a load under FSDP1, torque and damping are NaN on a rank that holds nothing of a tensor, until the
+            next step. `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr *
+            c_t in the paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names,
+            None where unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN
+            before the first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
+            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope "tensor",
+            whole steps with scope "model".
         """
         names = self._names()
         device = next((param.device for param in self._params()), torch.device("cpu"))
@@ -107,10 +111,12 @@ class TorqueAware(Optimizer, ABC):
             for index, param in enumerate(self._params()):
                 if param in self.state and "torque" in self.state[param]:
                     yield [index], self.state[param]["torque"].reshape(1)
+                elif self._just_loaded and getattr(param, FSDP1_MARK, False):  # the next step tells this rank
+                    yield [index], torch.full((1,), torch.nan)
             return
         for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
             yield range(len(table)), table.nan_to_num(0.0)
-        for buffer, indices in self._logical.buffers():
+        for buffer, indices in self._logical.buffers(self.state):
             if self.state[buffer]["torque"].ndim == 1:
                 yield indices, self.state[buffer]["torque"]
 
@@ -253,7 +259,7 @@ class TorqueAware(Optimizer, ABC):
         self._telemetry.read_skipped()
         packed = super().state_dict()
         if self._logical.is_partitioned(self.param_groups):
-            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
+            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers(self.state)]
             buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
             return packed
         return checkpoint.complete(self, packed)
