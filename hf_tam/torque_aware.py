@@ -22,6 +22,9 @@ from hf_tam.logical import LogicalTensors
 from hf_tam.sharding import LocalReducer, Reducer, Span
 from hf_tam.telemetry import Telemetry
 
+_ADDED = {"max_grad_norm": None}
+"""Hyperparameters that a pickle of an earlier version lacks, with what that did."""
+
 
 class TorqueAware(Optimizer, ABC):
     """What AdaTAMW, AdaTAM and TAM share. Not to be used by itself.
@@ -85,6 +88,7 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
+            After a load into FSDP1 torque and damping are NaN where this rank holds nothing, until the next step.
             `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
             paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
             unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
@@ -113,6 +117,8 @@ class TorqueAware(Optimizer, ABC):
             for index, param in enumerate(self._params()):
                 if param in self.state and "torque" in self.state[param]:
                     yield [index], self.state[param]["torque"].reshape(1)
+                elif self._just_loaded and param.numel() == 0:  # others hold it; the next step tells
+                    yield [index], torch.full((1,), torch.nan)
             return
         for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
             yield range(len(table)), table.nan_to_num(0.0)
@@ -338,17 +344,15 @@ class TorqueAware(Optimizer, ABC):
         Raises:
             ValueError: Another optimizer's state, AMSGrad's, or tensors of other shapes than the parameters'.
         """
-        saved: dict[str, Any] = {}
+        loaded: list[checkpoint.Adapted] = []
 
-        def adapt(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            saved.update(checkpoint.adapt(self, loaded))
-            return saved
+        def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.append(checkpoint.adapt(self, saved))
+            return loaded[-1].state_dict
 
         # Hooks, so that the user's own pre-hooks run before ours and the post-hooks after.
         before = self.register_load_state_dict_pre_hook(adapt)
-        after = self.register_load_state_dict_post_hook(
-            lambda _: checkpoint.restore_scalars(self, saved), prepend=True
-        )
+        after = self.register_load_state_dict_post_hook(lambda _: checkpoint.restore(self, loaded[-1]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -360,27 +364,30 @@ class TorqueAware(Optimizer, ABC):
         """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication.
 
         With DTensor parameters every parameter has a state, one of zeros where no step was taken yet: a checkpoint
-        that lacks some cannot be loaded by torch.distributed.checkpoint.
+        that lacks some cannot be loaded by torch.distributed.checkpoint. With whole parameters only those that took a
+        step have one, as with torch.optim; where that is asked for more, DefaultLoadPlanner(allow_partial_load=True)
+        or StateDictOptions(strict=False) load exactly what there is.
         """
         self._telemetry.read_skipped()
-        packed = super().state_dict()
-        if self._logical.is_partitioned(self.param_groups):
-            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
-            buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
-            return packed
-        return checkpoint.complete(self, packed)
+        # Before the user's own, which may wrap and rename.
+        ours = self.register_state_dict_post_hook(lambda _, packed: checkpoint.finish(self, packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            ours.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch.optim.Optimizer puts there (torch 2.13)
+        self.defaults = {**_ADDED, **self.defaults}
         if "_logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:
                 self._logical.add_group(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch.optim.Optimizer.__setstate__ puts it in our defaults
-                    group.setdefault(key, value)
+                group.setdefault(key, value)
 
     @abstractmethod
     def _update(self, bucket: Bucket, cosine: Tensor) -> None:

@@ -25,7 +25,8 @@ ALLOWED = {
     "telemetry": {"update", "bucket", "sharding"},
     "clipping": {"bucket"},
     "nonfinite": {"backends", "bucket", "telemetry"},
-    "checkpoint": {"hyperparameters", "sharding", "torque_aware", "buffers"},
+    "saved_groups": {"hyperparameters", "torque_aware", "buffers"},
+    "checkpoint": {"sharding", "torque_aware", "buffers", "saved_groups"},
     "gathering": {"backends", "scalars", "sharding", "bucket", "buffers", "checkpoint", "torque_aware"},
     "torque_aware": {
         "update", "backends", "sharding", "bucket", "buffers", "telemetry", "checkpoint", "hyperparameters",
