@@ -199,6 +199,16 @@ def foreign_scalars(optimizer: TorqueAware, group: dict[str, Any]) -> dict[str, 
     return scalars
 
 
+def fill_in(optimizer: TorqueAware, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+    """Give a state that somebody else made, as torch.optim's counterpart would, the scalar states that it lacks.
+
+    A step pre-hook may make states, and whoever edits a model moves them to other parameters.
+    """
+    for key, default in foreign_scalars(optimizer, group).items():
+        if key not in state:
+            state[key] = torch.full((), default, dtype=torch.float32, device=param.device)
+
+
 @torch.inference_mode(False)  # tensors made in that mode cannot be stepped outside of it
 def restore(optimizer: TorqueAware, adapted: Adapted) -> None:
     """Put back what torch.optim casts while loading: the scalar states, and values of others' that are no tensors.

@@ -191,6 +191,8 @@ def _new_entries(
     spans, state = reducer.spans(param), optimizer.state[param]
     if not state:
         optimizer._init_state(param, state, spans)
+    elif spans is None:
+        checkpoint.fill_in(optimizer, group, param, state)
     entry = Entry.of(
         index,
         param,
