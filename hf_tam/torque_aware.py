@@ -88,7 +88,8 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
-            After a load into FSDP1 torque and damping are NaN where this rank holds nothing, until the next step.
+            Between a load and the next step that is all that is known, and under FSDP1 torque and damping are NaN for
+            what this rank holds nothing of.
             `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
             paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
             unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
@@ -359,6 +360,7 @@ class TorqueAware(Optimizer, ABC):
             before.remove()
             after.remove()
         self._just_loaded = True
+        self._telemetry.start(LocalReducer())  # the last step was another run's
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication.
