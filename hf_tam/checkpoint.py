@@ -57,7 +57,8 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
     names = repeat(None) if optimizer._logical.is_partitioned(groups) else iter(optimizer._names())
     for group, saved in zip(groups, saved_groups, strict=True):
         refuse_others(optimizer, saved)
-        adapter = _StateAdapter(optimizer, saved, literal=is_literal(optimizer, group, saved))
+        literal = is_literal(optimizer, group, saved)
+        adapter = _StateAdapter(optimizer, {**group, **saved}, literal=literal, from_table=TABLE in saved)
         for key, param in zip(saved["params"], group["params"], strict=True):
             where = _describe(next(names), key, param)
             if key in source and key not in states:  # a parameter may stand in the groups twice
@@ -97,15 +98,16 @@ class _StateAdapter:
 
     Args:
         optimizer: Whose they become.
-        saved: The saved group.
+        group: The saved group, completed by the one that it replaces.
         literal: Whether the moments are to be the paper's own.
+        from_table: Whether a table in the saved group has the scalar states.
     """
 
-    def __init__(self, optimizer: TorqueAware, saved: dict[str, Any], *, literal: bool) -> None:
+    def __init__(self, optimizer: TorqueAware, group: dict[str, Any], *, literal: bool, from_table: bool) -> None:
         self._name, self._moments = type(optimizer).__name__, optimizer.moments
-        self._literal, self._from_table = literal, TABLE in saved
+        self._literal, self._from_table = literal, from_table
         self._flat = optimizer._logical.is_partitioned(optimizer.param_groups)
-        self._defaults = foreign_scalars(optimizer, {**saved, "step_size": "paper" if literal else "adamw"})
+        self._defaults = foreign_scalars(optimizer, {**group, "step_size": "paper" if literal else "adamw"})
         self._adaptive = "exp_avg" in optimizer.moments
         self.known = {*optimizer.moments, *optimizer.scalar_states}
 
@@ -128,6 +130,12 @@ class _StateAdapter:
 
     def _require_complete(self, state: Mapping[str, Any], where: str) -> None:
         """SGD keeps no step, and no buffer before the first one; Adam keeps all."""
+        hollow = sorted(key for key in self.known if isinstance(state.get(key), dict))
+        if hollow:  # so torch.distributed.checkpoint fills a flattened one (torch 2.13, _unflatten_optim_state_dict)
+            raise ValueError(
+                f"the saved state of {where} holds {{}} as {hollow}: the checkpoint has nothing for it; leave it out "
+                "of the state_dict to start afresh there"
+            )
         if self._adaptive:
             missing = [key for key in ("step", *self._moments) if state.get(key) is None]
         else:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _CONSTRUCTORS = ("foreach", "fused", "capturable", "max_grad_norm")
 """How the step is executed, and whether it clips, is the constructor's to say, whatever made a checkpoint."""
 _TORCH_ONLY = ("amsgrad", "differentiable", "nesterov", "dampening")
+_OWN_RATES = {"max_lr", "swa_lr"}
+"""With these in a group OneCycleLR, CyclicLR and SWALR set their own learning rates, whatever was requested."""
 _OTHERS = {"momentum_decay": "NAdam", "centered": "RMSprop", "ns_steps": "Muon"}
 """What the groups of torch's optimizers hold that otherwise look like Adam's or SGD's (torch 2.13)."""
 
@@ -25,9 +27,14 @@ _OTHERS = {"momentum_decay": "NAdam", "centered": "RMSprop", "ns_steps": "Muon"}
 def refuse_others(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
     """Accept the groups of this class and of its torch.optim counterpart only, also where there is no state yet.
 
+    One that holds parameters alone is nobody's: torch.distributed.checkpoint loses what an empty group holds
+    (https://github.com/pytorch/pytorch/issues/143828).
+
     Raises:
         ValueError: They are another optimizer's, or a variant's that has no torque-aware form.
     """
+    if saved.keys() <= {"params", "param_names"}:
+        return
     for name, what in (("amsgrad", "AMSGrad"), ("nesterov", "Nesterov momentum"), ("dampening", "a dampening")):
         if saved.get(name):
             raise ValueError(
@@ -111,7 +118,7 @@ def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
     rate of which nobody noted that may have been moved by hand, or by a scheduler that leaves no trace (ignite's,
     ReduceLROnPlateau): the saved value is then neither right nor wrong.
     """
-    if key not in group or (key == "lr" and "max_lr" in saved):  # OneCycleLR and CyclicLR set their own
+    if key not in group or (key == "lr" and saved.keys() & _OWN_RATES):
         return False
     start = f"initial_{key}"
     if start in saved:

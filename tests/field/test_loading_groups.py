@@ -199,6 +199,13 @@ class NotedAsInitial(MovedByHand):
                 group["momentum"] = 0.8
 
 
+def averaging(optimizer):
+    """Lightning's StochasticWeightAveraging starts SWALR from a rate of its own, and says so in `initial_lr`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 0.02
+    return torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=5)
+
+
 SCHEDULES = {
     "by hand": MovedByHand,
     "noted as initial": NotedAsInitial,
@@ -206,7 +213,7 @@ SCHEDULES = {
     "lambda": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
     "one cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=30),
     "cyclic": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.01, max_lr=0.1),
-    "swa": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=5),
+    "swa": averaging,
 }
 
 
