@@ -14,7 +14,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_tam import buffers
 from hf_tam.buffers import TABLE
@@ -152,6 +152,11 @@ class _StateAdapter:
             return torch.zeros_like(param, memory_format=torch.preserve_format)
         if not isinstance(moment, Tensor):
             moment = torch.tensor(moment, device=param.device)
+        if type(moment) not in (Tensor, nn.Parameter, type(param)):  # a quantised one has no memory to be written to
+            raise ValueError(
+                f"the saved {key} of {where} is a {type(moment).__name__}: torch.optim's and these optimizers keep "
+                "plain tensors; put what its dequantize() returns in its place, or start without that checkpoint"
+            )
         if moment.shape != param.shape:
             raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
         if getattr(moment, "placements", None) != getattr(param, "placements", None):
@@ -161,7 +166,7 @@ class _StateAdapter:
             )
         if key == "momentum_buffer" and self._literal and self._is_sgds(state):
             return moment / 2.0
-        return moment
+        return moment.resolve_conj().resolve_neg()  # what is to be negated when it is read, kernels would not
 
     def _is_sgds(self, state: Mapping[str, Any]) -> bool:
         """Whether torch.optim.SGD made the state; see `_scalars` for one of ours that is fresh."""

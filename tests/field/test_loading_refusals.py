@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import hf_tam
 from tests.field.loading import CLASSES, OURS, Run, is_ours, parameters_of, step
@@ -82,3 +83,47 @@ def test_muon_is_refused():
     theirs = torch.optim.Muon(matrices, nesterov=False)
     with pytest.raises(ValueError, match="Muon"):
         hf_tam.TAM(parameters_of(shapes=((4, 3),))).load_state_dict(theirs.state_dict())
+
+
+class Quantised(torch.Tensor):
+    """As torchao's OptimState8bit: codes and a scale, and no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self):
+        return self.codes.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"{func} of {cls.__name__}")
+
+
+@EVERY_OURS
+def test_moments_of_an_optimizer_that_quantises_them(name):
+    """They were loaded, and the first step wrote to address 0; AdamW raises NotImplementedError at its first step."""
+    run = Run(name)
+    for state in run.saved["state"].values():
+        for key in run.optimizer.moments:
+            state[key] = Quantised((state[key] * 100).to(torch.int8), 0.01)
+    with pytest.raises(ValueError, match=r"parameter 0 .* is a Quantised"):
+        run.resumed()
+    for state in run.saved["state"].values():
+        for key in run.optimizer.moments:
+            state[key] = state[key].dequantize()
+    step(run.resumed(), 99)
+
+
+@EVERY_OURS
+def test_moments_that_are_parameters_are_plain(name):
+    run = Run(name)
+    for state in run.saved["state"].values():
+        for key in run.optimizer.moments:
+            state[key] = nn.Parameter(state[key], requires_grad=False)
+    run.assert_goes_on(run.resumed())

@@ -376,6 +376,22 @@ def test_moments_that_require_grad(name):
     step(resumed, 99)
 
 
+@EVERY_CLASS
+def test_moments_that_are_negated_when_they_are_read(name):
+    """A view of a conjugate; whoever reads its memory sees the other sign."""
+    first, second = Run(name), Run(name)
+    moment = "momentum_buffer" if name in ("TAM", "SGD") else "exp_avg"
+    for state in first.saved["state"].values():
+        state[moment] = torch.complex(torch.zeros_like(state[moment]), state[moment]).conj().imag
+        assert state[moment].is_neg()
+    for state in second.saved["state"].values():
+        state[moment] = -state[moment]
+    resumed, expected = first.resumed(), second.resumed()
+    step(resumed, 99)
+    step(expected, 99)
+    assert all(map(torch.equal, parameters_in(resumed), parameters_in(expected)))
+
+
 @EVERY_OURS
 def test_torch_load_needs_no_code(name):
     """What is saved, with a counterpart's leftovers in it, is tensors and primitives only."""
