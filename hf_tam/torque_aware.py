@@ -20,6 +20,9 @@ from hf_tam.step import buffers, guards
 from hf_tam.step.pipeline import Pipeline
 from hf_tam.step.telemetry import Telemetry
 
+_ADDED = {"max_grad_norm": None}
+"""Hyperparameters that a pickle of an earlier version lacks, with what that did."""
+
 
 class TorqueAware(Optimizer, ABC):
     """What AdaTAMW, AdaTAM and TAM share. Not to be used by itself.
@@ -232,46 +235,48 @@ class TorqueAware(Optimizer, ABC):
         Raises:
             ValueError: Another optimizer's state, AMSGrad's, or tensors of other shapes than the parameters'.
         """
-        saved: dict[str, Any] = {}
+        loaded: list[checkpoint.Adapted] = []
 
-        def adapt(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            saved.update(checkpoint.adapt(self, loaded))
-            return saved
+        def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.append(checkpoint.adapt(self, saved))
+            return loaded[-1].state_dict
 
         # Hooks, so that the user's own pre-hooks run before ours and the post-hooks after.
         before = self.register_load_state_dict_pre_hook(adapt)
-        after = self.register_load_state_dict_post_hook(
-            lambda _: checkpoint.restore_scalars(self, saved), prepend=True
-        )
+        after = self.register_load_state_dict_post_hook(lambda _: checkpoint.restore(self, loaded[-1]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
         self._just_loaded = True
+        self._telemetry.forget()  # the last step was another run's
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication.
 
         With DTensor parameters every parameter has a state, one of zeros where no step was taken yet: a checkpoint
-        that lacks some cannot be loaded by torch.distributed.checkpoint.
+        that lacks some cannot be loaded by torch.distributed.checkpoint. With whole parameters only those that took a
+        step have one, as with torch.optim; where that is asked for more, DefaultLoadPlanner(allow_partial_load=True)
+        or StateDictOptions(strict=False) load exactly what there is.
         """
         self._telemetry.read_skipped()
-        packed = super().state_dict()
-        if self._logical.is_partitioned(self.param_groups):
-            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers(self.state)]
-            buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
-            return packed
-        return checkpoint.complete(self, packed)
+        # Before the user's own, which may wrap and rename.
+        ours = self.register_state_dict_post_hook(lambda _, packed: checkpoint.finish(self, packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            ours.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch.optim.Optimizer puts there (torch 2.13)
+        self.defaults = {**_ADDED, **self.defaults}
         if "_logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:
                 self._logical.add_group(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch.optim.Optimizer.__setstate__ puts it in our defaults
-                    group.setdefault(key, value)
+                group.setdefault(key, value)

@@ -43,6 +43,8 @@ def save_table(
     for group in packed["param_groups"]:
         group[TABLE] = table
     for key, state in packed["state"].items():
+        if not isinstance(state, dict) or "step" not in state:  # what a hook put there
+            continue
         kept = {name: value for name, value in state.items() if name not in scalar_states}
         packed["state"][key] = {**kept, "step": state["step"].max()}
 

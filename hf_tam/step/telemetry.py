@@ -43,6 +43,10 @@ class Telemetry:
         self._promised = torch.full((), torch.nan, dtype=torch.float32, device=device)
         return self._promised
 
+    def forget(self) -> None:
+        """Forget the last step."""
+        self._records.clear()
+
     def record(self, reducer: Reducer, batches: Sequence[Batch]) -> None:
         """Keep what the batches of one call saw, in the place of the last step.
 
