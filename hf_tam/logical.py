@@ -71,6 +71,10 @@ class _Attached(NamedTuple):
     reference: weakref.ref[nn.Module]
     trained: frozenset[int]
 
+    @classmethod
+    def of(cls, module: nn.Module, ids: Iterable[int]) -> _Attached:
+        return cls(weakref.ref(module), frozenset(map(id, module.parameters())).intersection(ids))
+
 
 class LogicalTensors:
     """Follows what wrappers do to an optimizer's parameters.
@@ -102,9 +106,8 @@ class LogicalTensors:
         refuse_parts(params, names=names, modules=[module, *self._modules()])
         if not any(id(param) in held or self._owned.was_handed(param) for param in named.values()):
             raise self._foreign(module, named)
-        others = [attached for attached in self._attached if attached.reference() not in (None, module)]
-        trained = frozenset(map(id, named.values())).intersection(held)
-        self._attached = [*others, _Attached(weakref.ref(module), trained)]
+        others = [_Attached.of(other, held) for other in self._modules() if other is not module]
+        self._attached = [*others, _Attached.of(module, held)]
         self._owned.learn(named)
         if not self.is_partitioned(groups):
             self._owned.set_order(params)
@@ -138,16 +141,14 @@ class LogicalTensors:
         for module in modules:  # FSDP2 puts other parameters in the module's place
             self._owned.learn(_named_parameters(module))
         owned = {id(param): param for module in modules for param in module.parameters()}
-        logical = self._owned.in_order(owned)
+        partitioned = self.is_partitioned(groups)
+        logical = self._owned.in_order(owned) if partitioned else []
         reducer = select_reducer(params, self._owned, names=self.names(groups), logical=logical, modules=modules)
         selected = _Selected.of(reducer, params)
-        if not self.is_partitioned(groups):
+        if not partitioned:
             self._selected.clear()
             self._owned.settle(params, owned)
-            self._attached = [
-                _Attached(weakref.ref(module), frozenset(map(id, module.parameters())).intersection(selected.ids))
-                for module in modules
-            ]
+            self._attached = [_Attached.of(module, selected.ids) for module in modules]
         self._selected[selected.ids] = selected
         return reducer
 
@@ -226,8 +227,8 @@ def _specs(params: Sequence[Tensor]) -> list[Any]:
 
 def _named_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The parameters by the names that the user's own model gives them, whatever is wrapped around it, or within."""
-    names = {"": ""}
-    hidden = set()
+    named: dict[str, Tensor] = {}
+    names, hidden, seen = {"": ""}, set(), set()
     for path, part in module.named_modules():
         parent, _, own = path.rpartition(".")
         if path:
@@ -235,8 +236,8 @@ def _named_parameters(module: nn.Module) -> dict[str, Tensor]:
             names[path] = names[parent] if skipped else f"{names[parent]}.{own}".lstrip(".")
         if any(kind.__name__ in _WRAPPERS for kind in type(part).__mro__):
             hidden.add(f"{path}.module".lstrip("."))
-    named: dict[str, Tensor] = {}
-    for path, param in module.named_parameters():
-        owner, _, own = path.rpartition(".")
-        named[f"{names[owner]}.{own}".lstrip(".")] = param
+        for leaf, param in part._parameters.items():  # FSDP1 has a `named_parameters` of its own
+            if param is not None and id(param) not in seen:
+                seen.add(id(param))
+                named[f"{names[path]}.{leaf}".lstrip(".")] = param
     return named

@@ -58,7 +58,8 @@ def mark_of_part(param: Tensor, modules: Sequence[nn.Module]) -> str | None:
         says_so = isinstance(value, type(mark.value)) and value == mark.value
         if says_so and not _is_whole_anyway(param, mark.attribute, modules):
             return f"it is marked {mark.attribute}={value}: {mark.meaning}"
-    if tuple(getattr(getattr(param, "dist_layout", None), "global_shape", param.shape)) != tuple(param.shape):
+    layout = getattr(param, "dist_layout", None)
+    if layout is not None and tuple(layout.global_shape) != tuple(param.shape):
         return f"its dist_layout says that it is {_TENSOR_PARALLEL} (ColossalAI)"
     if hasattr(param, "shard_fn") and hasattr(param, "gather_fn"):
         return f"its shard_fn says that it is {_TENSOR_PARALLEL} (ColossalAI)"

@@ -8,15 +8,13 @@ tensor is another angle, so there is nothing to fall back to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hf_tam.ownership import OwnedParameters, shape_of
 from hf_tam.sharding.marks import mark_of_part, several_processes
-
-if TYPE_CHECKING:
-    from hf_tam.ownership import OwnedParameters
 
 FSDP1_MARK = "_fsdp_flattened"
 """Attribute of the parameters that FSDP1 keeps slices of."""
@@ -133,7 +131,8 @@ def select_reducer(
         params: What stands in `param_groups` now, in order.
         owned: The parameters that the user handed over, or that an attached module owns.
         names: The names of the logical tensors, None where unknown.
-        logical: What the user handed over, in order, as far as an attached module has it; None for the rest.
+        logical: Where ZeRO has put its buffers into `param_groups`, what the user handed over, in order; None for what
+            no attached module has.
         modules: The attached modules.
 
     Raises:
@@ -229,7 +228,7 @@ def _why_not_whole(param: Tensor, owned: OwnedParameters, kinds: Sequence[str]) 
             f"its shape was {owned.shape(param)} when the optimizer was given it, so something has cut it, as "
             "DeepSpeed's AutoTP does; if you made it smaller yourself, on every rank alike, build the optimizer anew"
         )
-    if set(kinds) == {"stranger"} and tuple(param.shape) not in owned.shapes_in_order():
+    if set(kinds) == {"stranger"} and shape_of(param) not in owned.shapes_in_order():
         return (
             "all that this optimizer was built with has been replaced, and with several processes it cannot be seen "
             "whether this is whole: if it is, call optimizer.attach(module) with the module that owns it"

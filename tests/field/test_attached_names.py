@@ -132,3 +132,13 @@ def test_an_engine_of_deepspeed():
     optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.1)
     optimizer.attach(DeepSpeedEngine(model))
     assert optimizer.torque_stats()["names"] == NAMES
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_while_fsdp1_shows_the_full_parameters():
+    """It gives other names then."""
+    model = fsdp1(block_in_fsdp1(Model()))
+    optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.1)
+    with FullyShardedDataParallel.summon_full_params(model):
+        optimizer.attach(model)
+    assert optimizer.torque_stats()["names"] == NAMES

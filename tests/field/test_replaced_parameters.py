@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hf_tam
 
@@ -134,23 +135,23 @@ def test_a_flat_buffer_in_the_place_of_parameters_is_refused(cls):
         optimizer.step()
 
 
-def takes_the_id_of(freed, make):
-    """A new tensor that Python puts where a freed one was."""
+def takes_an_id_of(freed, make):
+    """A new tensor that Python puts where one of the freed ones was."""
     others = []
     for _ in range(100_000):
         tensor = make()
-        if id(tensor) == freed:
+        if id(tensor) in freed:
             return tensor
         others.append(tensor)
-    raise AssertionError("the id did not come back")
+    raise AssertionError("no id came back")
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 2)])
 def test_the_id_of_a_freed_parameter_makes_no_buffer_whole(shape):
-    optimizer = hf_tam.AdaTAMW([nn.Parameter(torch.ones(3, 2))], lr=0.1)
-    freed = id(optimizer.param_groups[0]["params"][0])
-    del optimizer.param_groups[0]["params"][0]
-    flat = takes_the_id_of(freed, lambda: torch.ones(shape, requires_grad=True))
+    optimizer = hf_tam.AdaTAMW([nn.Parameter(torch.ones(3, 2)) for _ in range(200)], lr=0.1)
+    freed = set(map(id, optimizer.param_groups[0]["params"]))
+    optimizer.param_groups[0]["params"].clear()
+    flat = takes_an_id_of(freed, lambda: torch.ones(shape, requires_grad=True))
     flat.grad = torch.ones(shape)
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match="it is no parameter"):
@@ -158,12 +159,14 @@ def test_the_id_of_a_freed_parameter_makes_no_buffer_whole(shape):
 
 
 def test_a_freed_parameter_leaves_no_name():
-    named = [("old", nn.Parameter(torch.ones(3, 2))), ("other", nn.Parameter(torch.ones(2)))]
-    optimizer = hf_tam.AdaTAMW([{"params": named[:1]}, {"params": named[1:]}], lr=0.1)
+    other = nn.Parameter(torch.ones(2))
+    named = [(f"old {number}", nn.Parameter(torch.ones(3, 2))) for number in range(200)]
+    optimizer = hf_tam.AdaTAMW([{"params": named}, {"params": [("other", other)]}], lr=0.1)
     del named
     group = optimizer.param_groups[0]
-    freed = id(group["params"].pop())
-    new = takes_the_id_of(freed, lambda: nn.Parameter(torch.ones(5)))
+    freed = set(map(id, group["params"]))
+    group["params"].clear()
+    new = takes_an_id_of(freed, lambda: nn.Parameter(torch.ones(5)))
     optimizer.param_groups[0] = {
         key: [new] if key == "params" else group[key] for key in group if key != "param_names"
     }
@@ -363,3 +366,56 @@ def test_what_may_be_a_part_is_refused_by_several_processes(worlds, case, words)
     for message in worlds(2).run(on_two_ranks, case):
         assert words in message
         assert "optimizer.attach(module)" in message
+
+
+def cut_in_another_way(rank, first, then):
+    """The same parameters hold other shards: torch.utils.swap_tensors, as `module.to()` uses it."""
+    mesh = init_device_mesh("cpu", (2,))
+    twin = list(model().parameters())
+    sharded = [nn.Parameter(distribute_tensor(parameter.detach().clone(), mesh, [first])) for parameter in twin]
+    optimizers = [hf_tam.AdaTAMW(parameters, lr=0.05) for parameters in (twin, sharded)]
+    for placement in (first, then):
+        for parameter in sharded:
+            parameter.grad = None
+            whole = parameter.detach().full_tensor()
+            torch.utils.swap_tensors(parameter, nn.Parameter(distribute_tensor(whole, mesh, [placement])))
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        for seed in range(4):
+            step_with_gradients(optimizers[0], seed)
+            for left, right in zip(twin, sharded, strict=True):
+                right.grad = distribute_tensor(left.grad, mesh, [placement])
+            optimizers[1].step()
+    left, right = (optimizer.torque_stats()["torque"] for optimizer in optimizers)
+    return left.abs().max().item() > 0.01 and (left - right).abs().max().item() <= 1e-6
+
+
+def shards_became_replicas(rank):
+    return cut_in_another_way(rank, Shard(0), Replicate())
+
+
+def replicas_became_shards(rank):
+    return cut_in_another_way(rank, Replicate(), Shard(0))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["shards_became_replicas", "replicas_became_shards"])
+def test_the_same_parameters_cut_in_another_way(worlds, case):
+    assert worlds(2).run(on_two_ranks, case) == [True, True]
+
+
+def lazy(rank):
+    module = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2))
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.05)
+    optimizer.attach(module)
+    optimizer.step()
+    for _ in range(2):
+        backward(module)
+        optimizer.step()
+    return len(optimizer.state)
+
+
+@pytest.mark.distributed
+def test_a_lazy_module_gets_its_shapes_after_the_optimizer(worlds):
+    assert lazy(0) == 4
+    assert worlds(2).run(on_two_ranks, "lazy") == [4, 4]
