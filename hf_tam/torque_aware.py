@@ -229,11 +229,16 @@ class TorqueAware(Optimizer, ABC):
         """Load a state_dict of this class, or of its torch.optim counterpart. No communication.
 
         torch.optim.AdamW's state (for AdaTAM Adam's, for TAM SGD's) is taken over exactly, with the torque at 0.
-        `foreach`, `fused` and `capturable` stay the constructor's; other hyperparameters are the saved ones, with a
-        warning where that overrides a requested value.
+        `foreach`, `fused`, `capturable` and `max_grad_norm` stay the constructor's; other hyperparameters are the
+        saved ones, with a warning where that overrides a requested value: for what a schedule moves, another one to
+        start from (`initial_lr`). A learning rate that no scheduler has noted is the saved one without a word.
+
+        What else stands in states, groups and beside the parameters is kept, and saved again. Moments are shared with
+        `state_dict` where dtype and device allow, as torch.optim shares them.
 
         Raises:
-            ValueError: Another optimizer's state, AMSGrad's, or tensors of other shapes than the parameters'.
+            ValueError: Another optimizer's state, AMSGrad's, quantised moments, or tensors of other shapes than the
+                parameters'; the message names the parameter.
         """
         loaded: list[checkpoint.Adapted] = []
 
@@ -257,8 +262,8 @@ class TorqueAware(Optimizer, ABC):
 
         With DTensor parameters every parameter has a state, one of zeros where no step was taken yet: a checkpoint
         that lacks some cannot be loaded by torch.distributed.checkpoint. With whole parameters only those that took a
-        step have one, as with torch.optim; where that is asked for more, DefaultLoadPlanner(allow_partial_load=True)
-        or StateDictOptions(strict=False) load exactly what there is.
+        step have one, as with torch.optim; DefaultLoadPlanner(allow_partial_load=True) and
+        StateDictOptions(strict=False) load such a checkpoint, exactly, where all are asked for.
         """
         self._telemetry.read_skipped()
         # Before the user's own, which may wrap and rename.
@@ -272,7 +277,8 @@ class TorqueAware(Optimizer, ABC):
         """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch.optim.Optimizer puts there (torch 2.13)
-        self.defaults = {**_ADDED, **self.defaults}
+        for key, value in _ADDED.items():
+            self.defaults.setdefault(key, value)
         if "_logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:

@@ -1,4 +1,4 @@
-"""Reports about torch.distributed.checkpoint.state_dict in one process; torch.optim's AdamW beside ours."""
+"""What torch.distributed.checkpoint.state_dict makes of groups and states, in one process; AdamW beside ours."""
 
 from __future__ import annotations
 
