@@ -183,7 +183,10 @@ def look(
     lies = [_rows(held) for held in (signature.params, signature.firsts, signature.seconds) if held is not None]
     together = zip(params, firsts, seconds or firsts, strict=True)
     walkable = [
-        _are_plain(held) and all(row == rows[0] for row in rows) and is_dense(held[0])
+        _are_plain(held)
+        and all(row == rows[0] for row in rows)
+        and is_dense(held[0])
+        and not any(map(Tensor.is_neg, held))
         for rows, held in zip(zip(*lies, strict=True), together, strict=True)
     ]
     return Memory(signature, walkable, all(walkable), set(signature.params.dtypes)), fits

@@ -115,7 +115,7 @@ class Gatherer:
         name: Callable[[int], str],
     ) -> tuple[Batch, tuple[Memory, list[int] | None]]:
         """The batch, and what is to be remembered of it; `memory` and `addresses` are what was the last time."""
-        lists = [_real(tensors) for tensors in (gathered.params, gathered.grads, *gathered.moments)]
+        lists = [_real(tensors) for tensors in (gathered.params, _resolved(gathered.grads), *gathered.moments)]
         params, grads, firsts, seconds = lists if len(lists) == 4 else [*lists, []]
         indices, keys = gathered.indices, self._family.scalar_states
         memory, fits = look(
@@ -162,9 +162,16 @@ def _is_fake(param: Tensor) -> bool:
     return isinstance(param, FakeTensor)
 
 
+def _resolved(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients that are conjugated when they are read have no real view."""
+    if any(map(Tensor.is_complex, grads)):
+        return [grad.resolve_conj() for grad in grads]
+    return grads
+
+
 def _real(tensors: list[Tensor]) -> list[Tensor]:
     if any(map(Tensor.is_complex, tensors)):
-        return [torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in tensors]
+        return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
     return tensors
 
 

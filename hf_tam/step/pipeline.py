@@ -59,7 +59,7 @@ class Pipeline:
             found_inf: Not 0 where the step must not be taken, shape () or (1,); torch.amp.GradScaler's.
             grad_scale: What the gradients are to be divided by, shape () or (1,); GradScaler's.
         """
-        is_new = not states
+        is_new = not any(isinstance(key, Tensor) for key in states)  # hooks put entries of their own there
         batches = self._gatherer.batches(param_groups, states, reducer, name=name)
         guards.require_one_device(batches)
         scaler = None if found_inf is None and grad_scale is None else guards.LossScale(found_inf, grad_scale)
