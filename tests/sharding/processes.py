@@ -48,7 +48,7 @@ class World:
         starts: How often they were started.
     """
 
-    def __init__(self, size, folder, *, timeout_s=60, task_timeout_s=TIMEOUT_S):
+    def __init__(self, size, folder, *, timeout_s=120, task_timeout_s=TIMEOUT_S):
         os.environ["OMP_NUM_THREADS"] = "1"  # of the children; read when they import torch
         os.environ["DS_ACCELERATOR"] = "cpu"  # and when they import DeepSpeed
         self.size, self.folder, self.timeout_s, self.task_timeout_s = size, folder, timeout_s, task_timeout_s
