@@ -139,7 +139,8 @@ class World:
     def _ends_of(self, died, hanging):
         """How each of these ranks ended; those that hang write where they are. The whole world is ended."""
         for rank in hanging:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError):  # it has died since
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(1 if hanging else 0)
         for rank in died:
             self.processes[rank].join(ENDING_S)
