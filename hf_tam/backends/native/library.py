@@ -8,6 +8,7 @@ Where there is no compiler, or it fails, the caller does without.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -29,10 +30,10 @@ SWITCH = "HF_TAM_NATIVE"
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-_INSTRUCTION_SETS = {  # those of torch.backends.cpu.get_cpu_capability()
-    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "AVX2": ("-march=x86-64-v3",),
-}
+# Those of torch.backends.cpu.get_cpu_capability(), spelt out: compilers before gcc 11 and clang 12 do not know
+# x86-64-v3 and v4, zig has other names for them, and they stand for instructions that torch does not look for.
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 _BFLOAT16 = ("-mavx512bf16",)
 _TIMEOUT = 120.0
 """Seconds for the compiler, which takes less than one."""
@@ -72,14 +73,12 @@ def _compiled() -> Path:
     """The shared library, compiled if it is not in the cache."""
     if os.name != "posix":
         raise _Unavailable(f"not built on {platform.system()}")
-    compiler, flags = _compiler(), _instruction_set()
-    try:
-        return _compiled_with(compiler, flags)
-    except _Unavailable:
-        if not set(_BFLOAT16) <= set(flags):
-            raise
-        # A compiler, or its assembler, that is older than these instructions.
-        return _compiled_with(compiler, tuple(flag for flag in flags if flag not in _BFLOAT16))
+    compiler = _compiler()
+    *better, last = _instruction_sets()
+    for instruction_set in better:
+        with contextlib.suppress(_Unavailable):
+            return _compiled_with(compiler, instruction_set)
+    return _compiled_with(compiler, last)
 
 
 def _compiled_with(compiler: list[str], instruction_set: tuple[str, ...]) -> Path:
@@ -106,11 +105,14 @@ def _compiler() -> list[str]:
     raise _Unavailable("no C compiler was found (cc, gcc, clang, or CC)")
 
 
-def _instruction_set() -> tuple[str, ...]:
+def _instruction_sets() -> list[tuple[str, ...]]:
+    """Flags, those that are tried first in front: the compiler, or its assembler, may be older than the CPU."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return ()
+        return [()]
     name = torch.backends.cpu.get_cpu_capability()
-    return _INSTRUCTION_SETS.get(name, ()) + (_BFLOAT16 if name == "AVX512" and _has_bfloat16() else ())
+    if name == "AVX512":
+        return [*([_AVX512 + _BFLOAT16] if _has_bfloat16() else []), _AVX512, _AVX2]
+    return [_AVX2 if name == "AVX2" else ()]
 
 
 def _has_bfloat16() -> bool:
