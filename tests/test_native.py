@@ -79,7 +79,7 @@ def test_compiled_once_and_found_again(fresh, monkeypatch):
     assert path.suffix == ".so"
     assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
     library._load.cache_clear()
-    monkeypatch.setattr(library, "_run", lambda command: pytest.fail("compiled again"))
+    monkeypatch.setattr(library, "_run", lambda *_, **__: pytest.fail("compiled again"))
     assert chosen() is native
     assert library.why_not() == ""
 
@@ -89,7 +89,7 @@ def test_compiled_once_and_found_again(fresh, monkeypatch):
     [
         ({"CC": "/nowhere/cc"}, "/nowhere/cc could not be run: "),
         ({"CC": f"{sys.executable} -c 'import sys; sys.exit(\"fatal error: no such header\")'"}, "no such header"),
-        ({"CC": "true"}, "cannot open shared object|No such file"),
+        ({"CC": "true"}, "true reported success, and wrote no library"),
         ({"PATH": "/nowhere"}, "no C compiler was found"),
         ({library.SWITCH: "0"}, "switched off by HF_TAM_NATIVE=0"),
     ],
