@@ -7,8 +7,8 @@ Those that need a GPU are not here: test_state_dict_with_cuda_params, test_cpu_l
 from __future__ import annotations
 
 import copy
-import warnings
 import pickle
+import warnings
 
 import pytest
 import torch
