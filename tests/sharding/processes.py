@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-TIMEOUT_S = 240
+TIMEOUT_S = 400
 PRELOADED = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
@@ -80,7 +80,7 @@ class World:
         """Call `function(*args)` on every rank and return the results in the order of the ranks.
 
         After an error the processes are other ones in the next call: the ranks that have gone on may still wait in a
-        collective, or have a late answer.
+        collective, and an answer that comes late would be taken for that of the next case.
 
         Raises:
             AssertionError: A rank raised; the message has its traceback. Or it died, or no answer came in time; the

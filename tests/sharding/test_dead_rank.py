@@ -118,11 +118,12 @@ DEATHS = {
     "a real-time signal": (0, end_by_signal, [signal.SIGRTMIN + 3], [f"rank 0 died of signal {signal.SIGRTMIN + 3}"]),
     "an exit": (1, os._exit, [3], ["rank 1 ended with exit status 3"]),
     "a rank that hangs": (1, wait, [], ["rank 0 gave no answer", "in barrier", "rank 1 gave no answer", "in wait"]),
+    "an answer that comes late": (1, time.sleep, [5], ["rank 0 gave no answer", "in barrier", "rank 1 gave no"]),
     "a rank that is stopped": (0, end_by_signal, [signal.SIGSTOP], ["rank 0 gave no answer in time"]),
     "an error on one rank": (1, raise_an_error, [], ["rank 1:\n", "ValueError: only here", "in barrier"]),
     "a result that cannot be sent": (None, None, [], ["rank 0:\n", "rank 1:\n", "pickle local object"]),
 }
-ENDLESS = ("a rank that hangs", "a rank that is stopped", "an error on one rank")
+ENDLESS = ("a rank that hangs", "an answer that comes late", "a rank that is stopped", "an error on one rank")
 ENDLESS_S = 3
 """Long enough for an idle process to begin with what it is given."""
 
