@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -274,6 +275,16 @@ def test_folder_of_the_working_folder(process, monkeypatch):
     monkeypatch.setenv("HOME", str(process.folder / "home"))
     assert step() is native
     assert [path.suffix for path in (process.folder / "home" / ".cache" / "hf_tam").iterdir()] == [".so"]
+
+
+def test_home_of_the_working_folder(process, monkeypatch):
+    process.plant()
+    process.cache.parent.rename(process.folder / ".cache")
+    monkeypatch.chdir(process.folder)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", ".")
+    assert step() is native
+    assert library.why_not_kept() == "the home folder is a relative path: ."
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="by /proc")
@@ -557,9 +568,6 @@ def test_compiler_that(process, compiler):
 
 
 def assert_is_one_line(text, pattern):
-    __tracebackhide__ = True
-    import re
-
     assert re.search(pattern, text), text
     assert text.isprintable()
     text.encode()

@@ -124,9 +124,13 @@ def _compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
     # The specification says to ignore what is relative: it would be a folder of whatever is the working folder.
-    return (Path(chosen) if os.path.isabs(chosen) else Path("~/.cache").expanduser()) / "hf_tam"
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not chosen.is_absolute():
+        chosen = Path("~/.cache").expanduser()
+    if not chosen.is_absolute():
+        raise OSError(f"the home folder is a relative path: {chosen.parent}")
+    return chosen / "hf_tam"
 
 
 def _instruction_sets() -> list[tuple[str, ...]]:
