@@ -1,11 +1,90 @@
-"""Refuses the DeepSpeed settings under which another optimizer than the one asked for would train, silently or not."""
+"""Follows what DeepSpeed does to our optimizers, and refuses what would train with another one, or with other angles.
+
+What is relied on: the arguments `model`, `optimizer` and `config_class` of `DeepSpeedEngine.__init__`, the dictionary
+in `_param_dict` of the latter, and the engine's attribute `optimizer` (deepspeed 0.19).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
+from hf_tam.integrations.wrapped import find_ours
+
 TESTED_RANGE = ">=0.19,<0.20"
+
+logger = logging.getLogger("hf_tam")
+
+patched: list[str] = []
+
+
+def register(module: ModuleType) -> None:
+    """Patch `deepspeed.runtime.engine`, freshly imported or not.
+
+    Raises:
+        ImportError: If it lacks a name that is relied on; says which, and the range of versions that was tested.
+    """
+    engine = getattr(module, "DeepSpeedEngine", None)
+    if engine is None or not {"model", "optimizer", "config_class"} <= set(
+        inspect.signature(engine.__init__).parameters
+    ):
+        raise ImportError(
+            f"hf_tam cannot follow deepspeed {version('deepspeed')}: DeepSpeedEngine is not as expected. It was "
+            f"tested with deepspeed{TESTED_RANGE}: install one of those."
+        )
+    engine.__init__ = _attaching(engine.__init__)
+    patched.append("DeepSpeedEngine.__init__")
+
+
+def _attaching(initialise: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `DeepSpeedEngine.__init__`, which PipelineEngine and the hybrid engine call too.
+
+    Before the engine casts, cuts or replaces any parameter, an optimizer of ours learns which module owns its own.
+    """
+    signature = inspect.signature(initialise)
+
+    @functools.wraps(initialise)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        model, config = bound.arguments["model"], bound.arguments["config_class"]._param_dict
+        given = bound.arguments.get("optimizer")
+        if find_ours(given) is not None:
+            _check_and_attach(given, model, config)
+        elif callable(given):  # a function that DeepSpeed calls with the parameters
+
+            @functools.wraps(given)
+            def build(parameters: Any) -> Any:
+                optimizer = given(parameters)
+                _check_and_attach(optimizer, model, config)
+                return optimizer
+
+            bound.arguments["optimizer"] = build
+        initialise(*bound.args, **bound.kwargs)
+        optimizer = find_ours(self.optimizer)
+        if optimizer is not None:
+            refuse_split_model_scope(self.optimizer, optimizer)
+
+    return wrapped
+
+
+def _check_and_attach(item: Any, model: Any, config: Mapping[str, Any]) -> None:
+    optimizer = find_ours(item)
+    if optimizer is None:
+        return
+    block = config.get("optimizer")
+    if block is not None:  # an optimizer that DeepSpeed is given goes before one that is described
+        logger.warning(
+            'The "optimizer" block of the DeepSpeed configuration (%s) has no effect: %s was passed to DeepSpeed.',
+            block.get("type", "unnamed"),
+            type(optimizer).__name__,
+        )
+    refuse_swap_in_config({key: value for key, value in config.items() if key != "optimizer"})
+    optimizer.attach(model)
 
 
 def refuse_optimizer_swap(plugin: Any) -> None:
