@@ -187,6 +187,24 @@ def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
         )
 
 
+def adapt_groups(optimizer: TorqueAware, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of saved param groups in `optimizer`'s own form, for who loads the states by other ways than `adapt`.
+
+    Args:
+        optimizer: Not changed.
+        groups: As many as it has.
+
+    Raises:
+        ValueError: They are another optimizer's.
+    """
+    adapted = deepcopy(groups)
+    for group, saved in zip(optimizer.param_groups, adapted, strict=True):
+        _refuse_variants(saved)
+        _require_family(optimizer, saved)
+        _adapt_group(group, saved)
+    return adapted
+
+
 def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
     """Whether a saved value replaces a requested one; a value that a scheduler moves is compared where it started."""
     if key == "lr" and "max_lr" in saved:

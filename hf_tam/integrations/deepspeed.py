@@ -1,7 +1,8 @@
 """Follows what DeepSpeed does to our optimizers, and refuses what would train with another one, or with other angles.
 
 What is relied on: the arguments `model`, `optimizer` and `config_class` of `DeepSpeedEngine.__init__`, the dictionary
-in `_param_dict` of the latter, and the engine's attribute `optimizer` (deepspeed 0.19).
+in `_param_dict` of the latter, the engine's attribute `optimizer` and its methods `load_checkpoint` and
+`load_universal_checkpoint`, and what a universal checkpoint has in `zero/optimizer_state.pt` (deepspeed 0.19).
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_tam.integrations.wrapped import find_ours
+
+if TYPE_CHECKING:
+    from hf_tam.torque_aware import TorqueAware
 
 TESTED_RANGE = ">=0.19,<0.20"
 
@@ -38,7 +43,8 @@ def register(module: ModuleType) -> None:
             f"tested with deepspeed{TESTED_RANGE}: install one of those."
         )
     engine.__init__ = _attaching(engine.__init__)
-    patched.append("DeepSpeedEngine.__init__")
+    engine.load_checkpoint = _giving_groups_back(engine.load_checkpoint)
+    patched.extend(["DeepSpeedEngine.__init__", "DeepSpeedEngine.load_checkpoint"])
 
 
 def _attaching(initialise: Callable[..., None]) -> Callable[..., None]:
@@ -85,6 +91,63 @@ def _check_and_attach(item: Any, model: Any, config: Mapping[str, Any]) -> None:
         )
     refuse_swap_in_config({key: value for key, value in config.items() if key != "optimizer"})
     optimizer.attach(model)
+
+
+def _giving_groups_back(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DeepSpeedEngine.load_checkpoint`: of a universal checkpoint each param group gets what was its own.
+
+    ZeRO-3 gives all of them the hyperparameters of the first; ZeRO-1 and 2 pass over groups that the checkpoint has
+    not, moments and all (deepspeed 0.19.8, runtime/zero/stage3.py and runtime/base_optimizer.py).
+    """
+    signature = inspect.signature(load_checkpoint)
+
+    @functools.wraps(load_checkpoint)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = find_ours(self.optimizer)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        groups = None
+        if optimizer is not None and self.load_universal_checkpoint():
+            groups = _universal_groups(optimizer, bound.arguments)
+        result = load_checkpoint(self, *args, **kwargs)
+        if optimizer is not None and groups is not None:
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                params = group["params"]
+                group.clear()
+                group.update({**saved, "params": params})
+        return result
+
+    return wrapped
+
+
+def _universal_groups(optimizer: TorqueAware, given: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The param groups of a universal checkpoint in `optimizer`'s own form; None where DeepSpeed loads none.
+
+    Args:
+        optimizer: The one that is to load it.
+        given: The arguments of `load_checkpoint`.
+
+    Raises:
+        ValueError: There are more or fewer than the optimizer has, or they are another optimizer's.
+    """
+    import torch
+
+    from hf_tam.checkpoint import adapt_groups
+
+    folder, tag = Path(given["load_dir"]), given["tag"]
+    if tag is None and (folder / "latest_universal").is_file():
+        tag = (folder / "latest_universal").read_text(encoding="utf-8").strip()
+    path = folder / (tag or "") / "zero" / "optimizer_state.pt"
+    if given["load_module_only"] or not given["load_optimizer_states"] or not path.is_file():
+        return None  # DeepSpeed says what is missing
+    # A pickle that DeepSpeed itself loads in the next moment; ZeRO-3's has the moments of a rank in it, left on disk.
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"{path} was saved with {len(saved)} param group(s), and the optimizer has {len(optimizer.param_groups)} "
+            "here, of which DeepSpeed would leave some without their state: build the same param groups"
+        )
+    return adapt_groups(optimizer, saved)
 
 
 def refuse_optimizer_swap(plugin: Any) -> None:
