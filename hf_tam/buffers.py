@@ -45,7 +45,7 @@ def save_table(
         scalar_states: Names of the scalar states.
     """
     stepped = list(buffers)
-    loaded = next((group[TABLE] for group in packed["param_groups"] if TABLE in group), {})
+    loaded: dict[str, Tensor] = next((group[TABLE] for group in packed["param_groups"] if TABLE in group), {})
     if not stepped and not loaded:
         return
     table = {key: loaded[key].clone() if key in loaded else torch.full((count,), torch.nan) for key in scalar_states}
