@@ -21,7 +21,7 @@ from hf_tam.integrations.accelerate_checkpoint import exactly_loading
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
 from hf_tam.integrations.checkpoint_files import invalidate
 from hf_tam.integrations.clipping import max_grad_norm, prepare_clipping, take_over_clipping
-from hf_tam.integrations.deepspeed import refuse_optimizer_swap
+from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.peft import find_wrapped_adapters
 from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
@@ -87,7 +87,17 @@ def check_arguments(args: Any) -> None:
     args.optim = str.__str__(args.optim)
     args.optim_args = format_optim_args(parse_optim_args(args.optim, args.optim_args))
     _try_constructor(args)
-    refuse_optimizer_swap(args.deepspeed_plugin)
+    prevent_optimizer_swap(args.deepspeed_plugin, _asked_for(args))
+
+
+def _asked_for(args: Any) -> dict[str, Any]:
+    """What the training arguments say of an optimizer, as the "optimizer" block of a DeepSpeed file names it."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
 
 
 def _try_constructor(args: Any) -> None:
@@ -209,7 +219,7 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
     ours = uses_ours(trainer)
     _prepare(trainer)
     if ours:
-        refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
+        prevent_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None), _asked_for(trainer.args))
         if trainer.is_fsdp_enabled and "peft" in sys.modules:
             find_wrapped_adapters()
     if not resume_from_checkpoint:
