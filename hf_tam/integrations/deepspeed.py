@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hf_tam.integrations.deepspeed_config import refuse_swap_in_config, zero_stage
+from hf_tam.integrations.trainer_checkpoint import refuse_our_state
 from hf_tam.integrations.wrapped import find_ours
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def _giving_groups_back(load_checkpoint: Callable[..., Any]) -> Callable[..., An
     """Wrap `DeepSpeedEngine.load_checkpoint`: of a universal checkpoint each param group gets what was its own.
 
     ZeRO-3 gives all of them the hyperparameters of the first; ZeRO-1 and 2 pass over groups that the checkpoint has
-    not, moments and all (deepspeed 0.19.8, runtime/zero/stage3.py and runtime/base_optimizer.py).
+    not, moments and all (deepspeed 0.19.8, runtime/zero/stage3.py and runtime/base_optimizer.py). And what one of ours
+    has saved is not left to another optimizer, which would misread it.
     """
     signature = inspect.signature(load_checkpoint)
 
@@ -151,6 +153,7 @@ def _giving_groups_back(load_checkpoint: Callable[..., Any]) -> Callable[..., An
                 params = group["params"]
                 group.clear()
                 group.update({**saved, "params": params})
+        refuse_our_state(self.optimizer, bound.arguments["load_dir"])
         return result
 
     return wrapped

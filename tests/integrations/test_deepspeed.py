@@ -162,7 +162,8 @@ class TestShards:
         assert "has the optimizer shards of 2 process(es), and 4 are to load them" in harm
         assert "ds_to_universal" in harm
         (tmp_path / "latest_universal").write_text("universal")
-        assert first_harm(tmp_path, world_size=4) is None
+        assert first_harm(tmp_path, world_size=4, config={"checkpoint": {"load_universal": True}}) is None
+        assert first_harm(tmp_path, world_size=4) == harm
 
     @pytest.mark.parametrize("name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
     def test_one_cut_off_is_named(self, tmp_path, name):
