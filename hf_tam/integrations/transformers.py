@@ -172,7 +172,7 @@ def _patch_trainer(module: ModuleType) -> None:
     _require(trainer, "create_optimizer", "get_optimizer_cls_and_kwargs", "train", "_get_output_dir")
     _require(trainer, "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state")
     _require(trainer, "_load_optimizer_and_scheduler")
-    _require(module, "load_fsdp_optimizer", "CallbackHandler")
+    _require(module, "load_fsdp_optimizer", "deepspeed_init", "CallbackHandler")
     select = trainer.get_optimizer_cls_and_kwargs
 
     @functools.wraps(select)
@@ -191,7 +191,8 @@ def _patch_trainer(module: ModuleType) -> None:
     _wrap(trainer, "_load_optimizer_and_scheduler", after=_refuse_misreading)
     _wrap(module.CallbackHandler, "on_train_begin", before=_compare_with_arguments)
     module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
-    patched.append("load_fsdp_optimizer")
+    module.deepspeed_init = _keeping_ours(module.deepspeed_init)  # type: ignore[attr-defined]
+    patched.extend(["load_fsdp_optimizer", "deepspeed_init"])
     patched.extend(take_over_clipping(trainer))
     _announce()
 
@@ -254,6 +255,18 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
         )
     else:
         refuse_other_optimizer(checkpoint, str.__str__(args.optim), _strategy(trainer))
+
+
+def _keeping_ours(deepspeed_init: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what decides between --optim and an "optimizer" block: each trial of a search reads the file anew."""
+
+    @functools.wraps(deepspeed_init)
+    def wrapped(trainer: Any, num_training_steps: int, inference: bool = False) -> Any:
+        if not inference and uses_ours(trainer):
+            prevent_optimizer_swap(trainer.accelerator.state.deepspeed_plugin, _asked_for(trainer.args))
+        return deepspeed_init(trainer, num_training_steps, inference=inference)
+
+    return wrapped
 
 
 def _refuse_misreading(trainer: Any, checkpoint: Any) -> None:

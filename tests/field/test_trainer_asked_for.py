@@ -40,6 +40,12 @@ class Overriding(Trainer):
         return self.optimizer
 
 
+class Choosing(Trainer):
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        return torch.optim.SGD, {"lr": 0.1}
+
+
 class Setting(Trainer):
     def create_optimizer_and_scheduler(self, num_training_steps):
         self.create_scheduler(num_training_steps, self.optimizer)
@@ -53,6 +59,7 @@ WAYS = {
     "optimizers": lambda folder, **changes: passed_object(folder, lambda p: torch.optim.SGD(p, lr=0.1), **changes),
     "optimizer_cls_and_kwargs": lambda folder, **changes: passed_class(folder, torch.optim.SGD, **changes),
     "create_optimizer": lambda folder, **changes: make_trainer(folder, trainer=Overriding, **changes),
+    "get_optimizer_cls_and_kwargs": lambda folder, **changes: make_trainer(folder, trainer=Choosing, **changes),
     "self.optimizer": lambda folder, **changes: make_trainer(folder, trainer=Setting, **changes),
 }
 
