@@ -78,6 +78,23 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
     return Adapted({**state_dict, "state": {**source, **states}, "param_groups": saved_groups}, kept)
 
 
+def adapt_groups(optimizer: TorqueAware, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of saved param groups in `optimizer`'s own form, for who loads the states by other ways than `adapt`.
+
+    Args:
+        optimizer: Not changed.
+        groups: As many as it has.
+
+    Raises:
+        ValueError: They are another optimizer's.
+    """
+    adapted = deepcopy(groups)
+    for group, saved in zip(optimizer.param_groups, adapted, strict=True):
+        refuse_others(optimizer, saved)
+        adapt_group(optimizer, group, saved)
+    return adapted
+
+
 def _require_lengths(here: list[int], saved: list[int]) -> None:
     if here == saved:
         return

@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from hf_tam.integrations.accelerate_checkpoint import checking_files, exactly_loading, marking_complete
-from hf_tam.integrations.deepspeed import refuse_optimizer_swap, refuse_split_model_scope
+from hf_tam.integrations.deepspeed import refuse_split_model_scope
+from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap
 from hf_tam.integrations.wrapped import find_ours
 
 TESTED_RANGE = ">=1.12,<2"
@@ -82,7 +83,7 @@ def refuse_strategy(accelerator: Any) -> None:
             f"hf_tam does not work with accelerate's {name}: {_UNSUPPORTED[name]}. Use DDP, FSDP, tensor parallelism "
             "or DeepSpeed ZeRO, or another optimizer."
         )
-    refuse_optimizer_swap(getattr(accelerator.state, "deepspeed_plugin", None))
+    prevent_optimizer_swap(getattr(accelerator.state, "deepspeed_plugin", None))
 
 
 def _attach(optimizer: Any, models: list[Any]) -> None:

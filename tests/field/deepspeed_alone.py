@@ -16,5 +16,7 @@ def deepspeed_alone():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed = import_deepspeed()
         deepspeed.init_distributed("gloo")
-        yield deepspeed
-        deepspeed.comm.destroy_process_group()
+        try:
+            yield deepspeed
+        finally:
+            deepspeed.comm.destroy_process_group()
