@@ -14,17 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tam.backends import Entry
 from hf_tam.sharding import Span
 
 TABLE = "logical_tensors"
 """Key of the table in a saved param group: for each scalar state a vector over all logical tensors, NaN where a
 tensor has no state."""
-
-
-def split(entry: Entry, spans: Sequence[Span]) -> list[Entry]:
-    """The entries of the logical tensors in a buffer."""
-    return [entry.part(*span) for span in spans]
 
 
 def save_table(
@@ -49,6 +43,8 @@ def save_table(
     for group in packed["param_groups"]:
         group[TABLE] = table
     for key, state in packed["state"].items():
+        if not isinstance(state, dict) or "step" not in state:  # what a hook put there
+            continue
         kept = {name: value for name, value in state.items() if name not in scalar_states}
         packed["state"][key] = {**kept, "step": state["step"].max()}
 
