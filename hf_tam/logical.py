@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from hf_tam.ownership import OwnedParameters, shape_of
+from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
 from hf_tam.sharding import FSDP1_MARK, Reducer, is_partitioned, refuse_parts, select_reducer, several_processes
 
 _WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
@@ -27,6 +27,7 @@ class _Selected(NamedTuple):
         kinds: Their types.
         specs: Where and how each is cut and how large it is, where there are DTensors.
         plain: How many elements each has, and whether FSDP1 keeps slices of it, where there are others.
+        frozen: The positions of those that are not trained, which may be anything.
     """
 
     reducer: Reducer
@@ -34,6 +35,7 @@ class _Selected(NamedTuple):
     kinds: list[type[Tensor]]
     specs: list[Any] | None
     plain: tuple[list[int], list[bool]] | None
+    frozen: list[int]
 
     @classmethod
     def of(cls, reducer: Reducer, params: Sequence[Tensor]) -> _Selected:
@@ -44,6 +46,7 @@ class _Selected(NamedTuple):
             kinds=list(map(type, params)),
             specs=specs if any(spec is not None for spec in specs) else None,
             plain=_plain(params) if any(spec is None for spec in specs) else None,
+            frozen=[position for position, param in enumerate(params) if is_frozen(param)],
         )
 
     def serves(self, params: Sequence[Tensor]) -> bool:
@@ -56,6 +59,7 @@ class _Selected(NamedTuple):
             or (
                 (self.specs is None or _specs(params) == self.specs)
                 and (self.plain is None or _plain(params) == self.plain)
+                and all(is_frozen(params[position]) for position in self.frozen)
             )
         )
 
