@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from hf_tam.ownership import OwnedParameters, shape_of
+from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
 from hf_tam.sharding import FSDP1_MARK, Reducer, is_partitioned, refuse_parts, select_reducer, several_processes
 
 _WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
@@ -25,29 +25,28 @@ class _Selected(NamedTuple):
         reducer: The reducer.
         ids: The identities of the tensors in param_groups.
         kinds: Their types.
-        sizes: How many elements each has.
-        sliced: Whether FSDP1 keeps slices of it.
-        specs: Where and how it is cut, for a DTensor.
+        specs: Where and how each is cut and how large it is, where there are DTensors.
+        plain: How many elements each has, and whether FSDP1 keeps slices of it, where there are others.
+        frozen: The positions of those that are not trained, which may be anything.
     """
 
     reducer: Reducer
     ids: tuple[int, ...]
     kinds: list[type[Tensor]]
-    sizes: list[int]
-    sliced: list[bool]
     specs: list[Any] | None
+    plain: tuple[list[int], list[bool]] | None
+    frozen: list[int]
 
     @classmethod
     def of(cls, reducer: Reducer, params: Sequence[Tensor]) -> _Selected:
-        kinds = list(map(type, params))
         specs = _specs(params)
         return cls(
             reducer,
             ids=tuple(map(id, params)),
-            kinds=kinds,
-            sizes=_sizes(params),
-            sliced=_sliced(params),
+            kinds=list(map(type, params)),
             specs=specs if any(spec is not None for spec in specs) else None,
+            plain=_plain(params) if any(spec is None for spec in specs) else None,
+            frozen=[position for position, param in enumerate(params) if is_frozen(param)],
         )
 
     def serves(self, params: Sequence[Tensor]) -> bool:
@@ -58,9 +57,9 @@ class _Selected(NamedTuple):
         return list(map(type, params)) == self.kinds and (
             not several_processes()
             or (
-                _sizes(params) == self.sizes
-                and _sliced(params) == self.sliced
-                and (self.specs is None or _specs(params) == self.specs)
+                (self.specs is None or _specs(params) == self.specs)
+                and (self.plain is None or _plain(params) == self.plain)
+                and all(is_frozen(params[position]) for position in self.frozen)
             )
         )
 
@@ -210,15 +209,12 @@ def _all(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
-def _sizes(params: Sequence[Tensor]) -> list[int]:
+def _plain(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
     try:
-        return list(map(Tensor.numel, params))
+        sizes = list(map(Tensor.numel, params))
     except ValueError:  # a lazy module has not given its parameters a shape yet
-        return [0 if shape_of(param) is None else param.numel() for param in params]
-
-
-def _sliced(params: Sequence[Tensor]) -> list[bool]:
-    return list(map(hasattr, params, repeat(FSDP1_MARK)))
+        sizes = [0 if shape_of(param) is None else param.numel() for param in params]
+    return sizes, list(map(hasattr, params, repeat(FSDP1_MARK)))
 
 
 def _specs(params: Sequence[Tensor]) -> list[Any]:

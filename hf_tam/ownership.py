@@ -68,7 +68,8 @@ class OwnedParameters:
         for param in params:
             if id(param) not in owned and not self.knows(param):  # put there by hand: the name may be another's
                 self._names.pop(id(param), None)
-            self._memories[id(param)] = _remember(param)
+            if not (is_frozen(param) and self.has_shrunk(param)):  # nobody has yet asked what that is a part of
+                self._memories[id(param)] = _remember(param)
         self._names = {key: name for key, name in self._names.items() if key in present}
         self.set_order(params)
 
@@ -117,6 +118,11 @@ class OwnedParameters:
     def name(self, param: Tensor) -> str | None:
         """The parameter's name, None where unknown."""
         return self._names.get(id(param)) if self.recalls(param) else None
+
+
+def is_frozen(param: Tensor) -> bool:
+    """Whether nothing will step a parameter: then it may be a part, or packed, as bitsandbytes leaves weights."""
+    return not param.requires_grad and param.grad is None
 
 
 def shape_of(param: Tensor) -> tuple[int, ...] | None:

@@ -35,7 +35,7 @@ class Fsdp1Reducer(WholeParameters):
         if not modules:
             raise RuntimeError(
                 "FSDP1 keeps only slices of the parameters on each rank, and only the module knows which: call "
-                "optimizer.attach(model) with the FSDP model before the first step"
+                "optimizer.attach(model) with the FSDP model, which must live on, before the first step"
             )
         slices = {id(original.param): original for module in modules for original in _sliced(module)}
         groups: list[Sequence[ProcessGroup]] = []

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_tam.ownership import OwnedParameters, shape_of
+from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
 from hf_tam.sharding.marks import mark_of_part, several_processes
 
 FSDP1_MARK = "_fsdp_flattened"
@@ -181,7 +181,7 @@ def refuse_parts(params: Sequence[Tensor], *, names: Sequence[str | None], modul
             reason = "it is on an XLA device, where under SPMD it cannot be seen how it is cut"
         elif getattr(param, "_is_flat_param", False):
             reason = "FSDP1 put it in a flat parameter; wrap the model with use_orig_params=True"
-        elif marked:
+        elif marked and not is_frozen(param):
             reason = mark_of_part(param, modules)
         if reason is not None:
             raise RuntimeError(_refusal(param, names[position], position, reason))
@@ -221,7 +221,7 @@ def _why_not_whole(param: Tensor, owned: OwnedParameters, kinds: Sequence[str]) 
             "buffer, or a copy, in its place (DeepSpeed without ZeRO does, in fp16 and bf16). With DeepSpeed ZeRO, or "
             "if you put it there yourself, call optimizer.attach(module)"
         )
-    if not several_processes():
+    if not several_processes() or is_frozen(param):
         return None
     if owned.has_shrunk(param):
         return (

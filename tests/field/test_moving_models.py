@@ -189,18 +189,25 @@ def test_the_unsharded_parameters_of_fsdp2_are_freed(one_rank, cls):
         assert optimizer.torque_stats()["names"] == [name for name, _ in plain().named_parameters()]
 
 
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_a_removed_group_is_freed_at_once(cls, attached):
+def test_a_removed_group_is_freed_at_once(cls, attached, steps):
     module = plain()
     optimizer = cls([{"params": module[0].parameters()}, {"params": module[2].parameters()}], lr=0.1)
     if attached and hasattr(optimizer, "attach"):
         optimizer.attach(module)
-    references = [weakref.ref(parameter) for parameter in module[2].parameters()]
+    for _ in range(steps):
+        step(module, optimizer)
+    removed = list(module[2].parameters())
+    states = [value for parameter in removed for value in optimizer.state[parameter].values()] if steps else []
+    references = [weakref.ref(tensor) for tensor in (*removed, *states)]
     module[2] = nn.Linear(8, 2)
-    del optimizer.param_groups[1]
+    for parameter in removed:
+        optimizer.state.pop(parameter, None)
+    del optimizer.param_groups[1], removed, states, parameter
     gc.collect()
-    assert [reference() for reference in references] == [None, None]
+    assert [reference() for reference in references] == [None] * len(references)
     module[0](torch.ones(2, 8)).sum().backward()
     optimizer.step()
 
@@ -211,12 +218,12 @@ def test_nothing_but_param_groups_and_state_holds_a_sharded_parameter(one_rank, 
     module = fully_shard(plain(), mesh=init_device_mesh("cpu", (1,)))
     optimizer = trained(module, cls, 2)
     removed = optimizer.param_groups[0]["params"][2:]
-    moments = [value for parameter in removed for value in optimizer.state[parameter].values() if value.ndim]
-    references = [weakref.ref(tensor) for tensor in (*removed, *moments)]
+    states = [value for parameter in removed for value in optimizer.state[parameter].values()]
+    references = [weakref.ref(tensor) for tensor in (*removed, *states)]
     assert len(references) >= 4
     for parameter in removed:
         del optimizer.state[parameter]
-    del optimizer.param_groups[0]["params"][2:], parameter, removed, moments, module
+    del optimizer.param_groups[0]["params"][2:], parameter, removed, states, module
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
 

@@ -282,10 +282,35 @@ def cut_without_a_module(rank):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["cut_by_data", "cut_after_a_step", "cut_without_a_module"])
+@pytest.mark.parametrize("case", ["cut_by_data", "cut_after_a_step", "cut_without_a_module", "cut_while_frozen"])
 def test_a_parameter_that_was_cut_is_refused_among_several_processes(worlds, case):
     for message in worlds(2).run(on_two_ranks, case):
         assert "parameter 0.weight (shape (2, 4)): its shape was (4, 4) when the optimizer was given it" in message
+
+
+def frozen_and_packed(rank):
+    """As bitsandbytes does with a frozen base when it reaches the device; `model.parameters()` holds it too."""
+    module = model()
+    module[0].requires_grad_(False)
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.1)
+    module[0].weight.data = torch.zeros(8, 1)
+    for _ in range(2):
+        for parameter in module[2].parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    return len(optimizer.state)
+
+
+def cut_while_frozen(rank):
+    module = model()
+    module[0].weight.requires_grad_(False)
+    optimizer = hf_tam.AdaTAMW(module.named_parameters(), lr=0.1)
+    module[0].weight.data = module[0].weight.data.chunk(2)[rank].clone()
+    module[2].weight.grad = torch.ones_like(module[2].weight)
+    optimizer.step()
+    module[0].weight.requires_grad_(True)
+    module[0].weight.grad = torch.ones_like(module[0].weight)
+    optimizer.step()
 
 
 def grown(rank):
@@ -332,7 +357,13 @@ def copies_by_hand(rank):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("case", "states"),
-    [("grown", 4), ("every_parameter_grown_and_attached", 1), ("some_by_hand", 4), ("copies_by_hand", 4)],
+    [
+        ("grown", 4),
+        ("frozen_and_packed", 2),
+        ("every_parameter_grown_and_attached", 1),
+        ("some_by_hand", 4),
+        ("copies_by_hand", 4),
+    ],
 )
 def test_whole_parameters_are_taken_by_several_processes(worlds, case, states):
     assert worlds(2).run(on_two_ranks, case) == [states, states]

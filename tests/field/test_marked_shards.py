@@ -144,6 +144,26 @@ def test_marks_of_whole_parameters(worlds, which):
         assert rest == ["accepted", "accepted"]
 
 
+def frozen_part():
+    """Adapters on a tensor-parallel base, in an optimizer of all parameters; then the base is unfrozen."""
+    net = marked(tensor_model_parallel=True)
+    net.layer.requires_grad_(False)
+    optimizer = hf_tam.AdaTAMW(net.parameters(), lr=0.1)
+    answers = [answer(optimizer.attach, net)]
+    for parameter in net.head.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    answers += [answer(optimizer.step), answer(optimizer.step)]
+    net.layer.requires_grad_(True)
+    return [*answers, answer(step, optimizer)]
+
+
+@pytest.mark.distributed
+def test_a_frozen_part_is_refused_once_it_is_trained(worlds):
+    for *accepted, refused in worlds(2).run(frozen_part):
+        assert accepted == ["accepted"] * 3
+        assert "it is marked tensor_model_parallel=True" in refused
+
+
 def with_megatrons_state(size):
     state = SimpleNamespace(
         model_parallel_is_initialized=lambda: True, get_tensor_model_parallel_world_size=lambda: size
