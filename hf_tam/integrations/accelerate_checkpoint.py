@@ -178,7 +178,7 @@ def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., An
             load = functools.partial(_with_small_tensors, load)
         metadata = read_metadata(shards)
         names = set() if metadata is None else set(metadata.state_dict_metadata)
-        handle = inner.register_state_dict_post_hook(functools.partial(_ask_for, names=names))
+        handle = inner.register_state_dict_post_hook(functools.partial(_ask_for, names=names), prepend=True)
         try:
             return load()
         finally:

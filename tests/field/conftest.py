@@ -1,3 +1,3 @@
-"""The pools of processes that the sharding tests use."""
+from tests.sharding.conftest import worlds
 
-from tests.sharding.conftest import worlds  # noqa: F401
+__all__ = ["worlds"]
