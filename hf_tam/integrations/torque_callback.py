@@ -56,6 +56,13 @@ class TorqueCallback(TrainerCallback):  # type: ignore[misc]
                 remedy,
             )
             return
+        if _never_logs(args, state):
+            logger.warning(
+                "TorqueCallback logs nothing in this training of %s steps: logging_strategy is %s, logging_steps %s.",
+                state.max_steps,
+                str.__str__(args.logging_strategy.value),
+                state.logging_steps,
+            )
         self._file = TorqueFile(Path(args.output_dir) / FILE_NAME)
         self._file.begin(step=state.global_step)
 
@@ -79,6 +86,12 @@ class TorqueCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(summary)
         if self._file is not None:
             self._file.append(reading.rows(step=state.global_step, epoch=state.epoch))
+
+
+def _never_logs(args: Any, state: Any) -> bool:
+    if args.logging_strategy == "steps":
+        return bool(state.logging_steps > state.max_steps) and not args.logging_first_step
+    return bool(args.logging_strategy == "no")
 
 
 def arrange_callbacks(callbacks: list[TrainerCallback], *, wanted: bool | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from transformers import Trainer
 
 import hf_tam
@@ -161,7 +162,7 @@ def test_remains_of_one_process_beside_the_checkpoint_of_fsdp(folder, strategy, 
     checkpoint = folder / "checkpoint-4"
     for name in names:
         if name.endswith("_0"):
-            torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=checkpoint / name, no_dist=True)
+            dcp.save({"x": torch.ones(2)}, checkpoint_id=checkpoint / name, no_dist=True)
         else:
             torch.save({}, checkpoint / name)
     (checkpoint / "optimizer.pt").write_bytes(b"cut off")

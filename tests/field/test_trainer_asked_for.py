@@ -97,6 +97,23 @@ def test_the_advice_is_not_to_pass_the_flag_that_was_passed(tmp_path, said):
     assert callbacks.endswith("--optim adatamw has no effect where the script gives the Trainer its own.")
 
 
+@pytest.mark.parametrize(
+    ("options", "silent"),
+    [
+        ({"logging_steps": 500}, True),
+        ({"logging_strategy": "no"}, True),
+        ({"logging_steps": 6}, False),
+        ({"logging_steps": 500, "logging_first_step": True}, False),
+        ({"logging_strategy": "epoch"}, False),
+    ],
+)
+def test_a_torque_log_that_no_row_would_come_into(tmp_path, said, options, silent):
+    """Six steps; transformers logs the losses of every 500th by default."""
+    make_trainer(tmp_path, optim_args="log_torque=true", max_steps=6, num_train_epochs=1, **options).train()
+    assert (not (tmp_path / "torque.jsonl").read_text()) == (len(said()) == 1) == silent
+    assert all(line.startswith("TorqueCallback logs nothing in this training of 6 steps") for line in said())
+
+
 def test_optim_args_that_do_not_reach_the_scripts_optimizer(tmp_path, said):
     options = {"optim_args": "gamma=0.5,beta1=0.8,damping_eps=1e-8,scope=tensor,fused_clip=true"}
     passed_object(tmp_path, lambda params: hf_tam.AdaTAMW(params, lr=0.1), **options).train()
