@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hf_tam.integrations.accelerate import refuse_flat_settings, refuse_strategy
 from hf_tam.integrations.accelerate_checkpoint import exactly_loading
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
 from hf_tam.integrations.checkpoint_files import invalidate
@@ -26,6 +27,7 @@ from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.peft import find_wrapped_adapters
 from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
 from hf_tam.integrations.wrapped import find_ours
+from hf_tam.sharding.refusals import refuse_plain_shards
 
 OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
@@ -80,7 +82,7 @@ def check_arguments(args: Any) -> None:
 
     Raises:
         ValueError: If `optim_args`, or a value that the optimizer takes from the arguments, is not acceptable, or if
-            DeepSpeed would replace the optimizer.
+            DeepSpeed would replace the optimizer, or FSDP1 flatten the parameters.
     """
     if args.optim not in registered_names:
         return
@@ -88,6 +90,7 @@ def check_arguments(args: Any) -> None:
     args.optim_args = format_optim_args(parse_optim_args(args.optim, args.optim_args))
     _try_constructor(args)
     refuse_optimizer_swap(args.deepspeed_plugin)
+    refuse_flat_settings(args.fsdp_plugin_args)
 
 
 def _try_constructor(args: Any) -> None:
@@ -209,7 +212,8 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
     ours = uses_ours(trainer)
     _prepare(trainer)
     if ours:
-        refuse_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None))
+        refuse_strategy(trainer.accelerator)
+        refuse_plain_shards(trainer.model)
         if trainer.is_fsdp_enabled and "peft" in sys.modules:
             find_wrapped_adapters()
     if not resume_from_checkpoint:

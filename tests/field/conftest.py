@@ -1,0 +1,1 @@
+from tests.sharding.conftest import worlds  # noqa: F401
