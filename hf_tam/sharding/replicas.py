@@ -56,7 +56,7 @@ def compare_replicas(named: Mapping[str, Tensor], *, problem: str | None = None)
         return {}
     everyone = _gather(lines)
     found: dict[str, str] = {}
-    for name in sorted({name for part in everyone for name in part}):
+    for name in dict.fromkeys(name for part in everyone for name in part):
         holders = [(rank, part[name]) for rank, part in enumerate(everyone) if name in part]
         first_rank, first = holders[0]
         for rank, (shape, values) in holders[1:]:

@@ -1,5 +1,6 @@
 """FSDP2 where one process reads the weights: what the others start without is still trained, and as under DDP."""
 
+import contextlib
 import os
 from unittest import mock
 
@@ -173,6 +174,70 @@ def test_a_new_head_in_the_trainer(worlds, encoder, tmp_path, lora):
 def test_a_new_head_in_a_loop(worlds, encoder, lora):
     expected = worlds(2).run(looped, encoder, "ddp", False, lora)
     assert_as_under_ddp(worlds(2).run(looped, encoder, "fsdp2", True, lora), expected, new=NEW)
+
+
+def resumed(folder, output, resume):
+    """Eight steps, or the last four of them, with a checkpoint in between."""
+    from transformers import Trainer
+
+    way = WAYS["fsdp2"]
+    with strategy(way), mock.patch.dict(os.environ, environment(way, True)):
+        layers = {"transformer_layer_cls_to_wrap": ["BertLayer"], "cpu_ram_efficient_loading": True}
+        fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", **layers}}
+        options = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
+        arguments = training_arguments(output, **options, **fsdp)
+        model, without = classifier(folder, False)
+        trainer = Trainer(model=model, args=arguments, train_dataset=LabelledRows())
+        trainer.train(resume_from_checkpoint=os.path.join(output, "checkpoint-4") if resume else None)
+        return result_of(trainer.optimizer.optimizer, trainer.model, way, without)
+
+
+@pytest.mark.distributed
+def test_a_run_with_a_new_head_is_resumed(worlds, encoder, tmp_path):
+    """Control: AdamW cannot save, and waits: its ranks hold other parameters."""
+    expected = worlds(2).run(resumed, encoder, str(tmp_path), False)
+    results = worlds(2).run(resumed, encoder, str(tmp_path), True)
+    assert [result["without"] for result in results] == [[], NEW]
+    assert [result["torque"] for result in results] == [result["torque"] for result in expected]
+    assert [result["parameters"] for result in results] == [result["parameters"] for result in expected]
+
+
+def on_meta(name, kind):
+    """How many parameters of the model an optimizer holds that was built on a rank where all were on meta."""
+    from accelerate import Accelerator, init_empty_weights
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    way = WAYS[name]
+    # FSDP1 broadcasts the weights on accelerators only; here the other rank starts with what was in memory
+    plugin = {
+        "fsdp1": {
+            "use_orig_params": True,
+            "sync_module_states": False,
+            "param_init_fn": lambda module: module.to_empty(device="cpu", recurse=False),
+        },
+        "fsdp2": {"cpu_ram_efficient_loading": True},
+    }[name]
+    with strategy(way), mock.patch.dict(os.environ, environment(way, name == "fsdp2")):
+        accelerator = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=way.fsdp, **plugin))
+        with init_empty_weights() if accelerator.process_index else contextlib.nullcontext():
+            model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        optimizer = {"AdaTAMW": hf_tam.AdaTAMW, "AdamW": torch.optim.AdamW}[kind](model.parameters(), lr=0.1)
+        model, prepared = accelerator.prepare(model, optimizer)
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        if kind == "AdaTAMW":
+            accelerator.backward(model(torch.ones(2, 4)).sum())
+            prepared.step()
+        return sum(id(param) in held for param in model.parameters()), kind_of(optimizer, way)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "kept"), [("fsdp1", 0), ("fsdp2", 1)])
+def test_a_rank_that_starts_with_nothing(worlds, name, kept):
+    """`init_empty_weights` on all ranks but the first. Control: AdamW's other ranks train no parameter, or one."""
+    kind = WAYS[name].kind
+    assert worlds(2).run(on_meta, name, "AdaTAMW") == [(4, kind)] * 2
+    (first, _), (other, _) = worlds(2).run(on_meta, name, "AdamW")
+    assert (first, other) == (4, kept)
 
 
 @pytest.mark.distributed
