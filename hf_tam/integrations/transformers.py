@@ -213,7 +213,8 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
     _prepare(trainer)
     if ours:
         refuse_strategy(trainer.accelerator)
-        refuse_plain_shards(trainer.model)
+        if trainer.model is not None:  # a search makes it later, and prepare looks again
+            refuse_plain_shards(trainer.model)
         if trainer.is_fsdp_enabled and "peft" in sys.modules:
             find_wrapped_adapters()
     if not resume_from_checkpoint:
