@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+from importlib.metadata import version
 from unittest import mock
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +19,8 @@ from tests.sharding.framework_runs import WAYS, kind_of, strategy, unwrapped_twi
 TORQUE = 1e-6
 PARAMETERS = 1e-5
 FAR = 1e-2
+# Until 5.21 transformers gave these zeros, as it gave all that the first process reads.
+ON_META = Version(version("transformers")) >= Version("5.23")
 NEW = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"]
 
 
@@ -149,9 +153,9 @@ def distance(results, expected, key):
     )
 
 
-def assert_as_under_ddp(results, expected, *, new):
+def assert_as_under_ddp(results, expected):
     assert [result["kind"] for result in results] == ["DTensor"] * 2
-    assert [result["without"] for result in results] == [[], new]
+    assert [result["without"] for result in results] == [[], NEW if ON_META else []]
     for result in results:
         assert sorted(result["names"]) == sorted(result["parameters"])
         assert result["names"] == expected[0]["names"]
@@ -166,14 +170,14 @@ def test_a_new_head_in_the_trainer(worlds, encoder, tmp_path, lora):
     arguments = (encoder, str(tmp_path))
     expected = worlds(2).run(trained, *arguments, "ddp", False, "adatamw", lora)
     results = worlds(2).run(trained, *arguments, "fsdp2", True, "adatamw", lora)
-    assert_as_under_ddp(results, expected, new=NEW)
+    assert_as_under_ddp(results, expected)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_new_head_in_a_loop(worlds, encoder, lora):
     expected = worlds(2).run(looped, encoder, "ddp", False, lora)
-    assert_as_under_ddp(worlds(2).run(looped, encoder, "fsdp2", True, lora), expected, new=NEW)
+    assert_as_under_ddp(worlds(2).run(looped, encoder, "fsdp2", True, lora), expected)
 
 
 def resumed(folder, output, resume):
@@ -197,7 +201,7 @@ def test_a_run_with_a_new_head_is_resumed(worlds, encoder, tmp_path):
     """Control: AdamW cannot save, and waits: its ranks hold other parameters."""
     expected = worlds(2).run(resumed, encoder, str(tmp_path), False)
     results = worlds(2).run(resumed, encoder, str(tmp_path), True)
-    assert [result["without"] for result in results] == [[], NEW]
+    assert [result["kind"] for result in results] == ["DTensor"] * 2
     assert [result["torque"] for result in results] == [result["torque"] for result in expected]
     assert [result["parameters"] for result in results] == [result["parameters"] for result in expected]
 
@@ -241,6 +245,7 @@ def test_a_rank_that_starts_with_nothing(worlds, name, kept):
 
 
 @pytest.mark.distributed
+@pytest.mark.skipif(not ON_META, reason="transformers puts zeros there")
 def test_control_adamw_loses_parameters_there(worlds, encoder, tmp_path):
     """What accelerate 1.12 to 1.15 does to any optimizer; once it does not, nothing has to be put in place."""
     expected = worlds(2).run(trained, encoder, str(tmp_path), "ddp", False, "adamw_torch", False)
