@@ -8,105 +8,173 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_tam.buffers import TABLE
-from hf_tam.hyperparameters import validate, validate_step_size
+from hf_tam.saved_groups import adapt_group, is_literal, refuse_others
+from hf_tam.step import buffers
+from hf_tam.step.buffers import TABLE
+from hf_tam.update import moment_unit
 
 if TYPE_CHECKING:
     from hf_tam.sharding import Reducer
     from hf_tam.torque_aware import TorqueAware
 
-_CONSTRUCTORS = ("foreach", "fused", "capturable", "max_grad_norm")
-"""How the step is executed, and whether it clips, is the constructor's to say, whatever made a checkpoint."""
-_TORCH_ONLY = ("amsgrad", "differentiable", "nesterov", "dampening")
+
+class Adapted(NamedTuple):
+    """A state_dict in an optimizer's own form.
+
+    Attributes:
+        state_dict: What torch.optim.Optimizer.load_state_dict is given.
+        kept: What that must not cast: by the key of the parameter, and by that of the state.
+    """
+
+    state_dict: dict[str, Any]
+    kept: dict[Hashable, dict[str, Any]]
 
 
-def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
+def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
     """A copy of `state_dict` in `optimizer`'s own form, checked against its parameters.
 
-    Tensors are shared, not copied.
+    Tensors are shared, not copied. What is neither state nor hyperparameter of ours stays where it is.
 
     Raises:
         ValueError: The state is another optimizer's, AMSGrad's, Nesterov's, or has other shapes than the parameters.
     """
     if not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(f"not the state_dict of an optimizer: it holds {sorted(map(str, state_dict))}")
-    saved_groups = deepcopy(state_dict["param_groups"])
-    lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
-    if lengths[0] != lengths[1]:
-        what = "has a different number of parameter groups"
-        if len(lengths[0]) == len(lengths[1]):
-            what = "contains a parameter group that doesn't match the size of optimizer's group"
-        raise ValueError(
-            f"loaded state dict {what} (saved: {lengths[1]} tensors, here: {lengths[0]}): it belongs to another "
-            "model, or to other trainable parameters"
-        )
-    states = {}
+    groups, saved_groups = optimizer.param_groups, deepcopy(state_dict["param_groups"])
+    _require_lengths([len(group["params"]) for group in groups], [len(group["params"]) for group in saved_groups])
+    source: Mapping[Hashable, Any] = state_dict["state"]
+    states: dict[Hashable, dict[str, Any]] = {}
+    kept: dict[Hashable, dict[str, Any]] = {}
+    unused: dict[str, str] = {}
     # Under ZeRO a buffer has no name of its own.
-    names = repeat(None) if optimizer._logical.is_partitioned(optimizer.param_groups) else iter(optimizer._names())
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        _refuse_variants(saved)
-        _require_family(optimizer, saved)
-        literal = saved.get("step_size", group["step_size"]) == "paper"
+    names = repeat(None) if optimizer._logical.is_partitioned(groups) else iter(optimizer._names())
+    for group, saved in zip(groups, saved_groups, strict=True):
+        refuse_others(optimizer, saved)
+        literal = is_literal(optimizer, group, saved)
+        adapter = _StateAdapter(optimizer, {**group, **saved}, literal=literal, from_table=TABLE in saved)
         for key, param in zip(saved["params"], group["params"], strict=True):
             where = _describe(next(names), key, param)
-            if key in state_dict["state"]:
-                states[key] = _adapt_state(optimizer, state_dict["state"][key], param, saved, literal, where)
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        _adapt_group(group, saved)
-    return {**state_dict, "state": states, "param_groups": saved_groups}
+            if key in source and key not in states:  # a parameter may stand in the groups twice
+                states[key], kept[key] = adapter.adapt(source[key], param, where)
+                for foreign in source[key].keys() - adapter.known if "torque" not in source[key] else ():
+                    unused.setdefault(foreign, where)
+    for group, saved in zip(groups, saved_groups, strict=True):
+        adapt_group(optimizer, group, saved)
+    if unused:
+        warnings.warn(
+            f"the saved state of {next(iter(unused.values()))} holds {sorted(map(str, unused))} besides what "
+            f"{type(optimizer).__name__}'s torch.optim counterpart keeps: it is loaded and saved again, and not used",
+            UserWarning,
+            stacklevel=2,
+        )
+    return Adapted({**state_dict, "state": {**source, **states}, "param_groups": saved_groups}, kept)
 
 
-def _describe(name: str | None, key: int, param: Tensor) -> str:
+def adapt_groups(optimizer: TorqueAware, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of saved param groups in `optimizer`'s own form, for who loads the states by other ways than `adapt`.
+
+    Args:
+        optimizer: Not changed.
+        groups: As many as it has.
+
+    Raises:
+        ValueError: They are another optimizer's.
+    """
+    adapted = deepcopy(groups)
+    for group, saved in zip(optimizer.param_groups, adapted, strict=True):
+        refuse_others(optimizer, saved)
+        adapt_group(optimizer, group, saved)
+    return adapted
+
+
+def _require_lengths(here: list[int], saved: list[int]) -> None:
+    if here == saved:
+        return
+    what = "has a different number of parameter groups"
+    if len(here) == len(saved):
+        what = "contains a parameter group that doesn't match the size of optimizer's group"
+    raise ValueError(
+        f"loaded state dict {what} (saved: {saved} tensors, here: {here}): it belongs to another "
+        "model, or to other trainable parameters"
+    )
+
+
+def _describe(name: str | None, key: Hashable, param: Tensor) -> str:
     return f"parameter {name if name is not None else key} (shape {tuple(param.shape)})"
 
 
-def _refuse_variants(saved: dict[str, Any]) -> None:
-    for name, what in (("amsgrad", "AMSGrad"), ("nesterov", "Nesterov momentum"), ("dampening", "a dampening")):
-        if saved.get(name):
+class _StateAdapter:
+    """Makes the states of one saved param group ours.
+
+    Args:
+        optimizer: Whose they become.
+        group: The saved group, completed by the one that it replaces.
+        literal: Whether the moments are to be the paper's own.
+        from_table: Whether a table in the saved group has the scalar states.
+    """
+
+    def __init__(self, optimizer: TorqueAware, group: dict[str, Any], *, literal: bool, from_table: bool) -> None:
+        self._name, self._moments = type(optimizer).__name__, optimizer.moments
+        self._literal, self._from_table = literal, from_table
+        self._flat = optimizer._logical.is_partitioned(optimizer.param_groups)
+        self._defaults = optimizer.family.foreign_scalars({**group, "step_size": "paper" if literal else "adamw"})
+        self._adaptive = "exp_avg" in optimizer.moments
+        self.known = {*optimizer.moments, *optimizer.scalar_states}
+
+    def adapt(self, state: Mapping[str, Any], param: Tensor, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The state for torch.optim.Optimizer.load_state_dict, and what of it that must not cast."""
+        if not isinstance(state, Mapping):
             raise ValueError(
-                f"the saved state was made with {name}={saved[name]}: a torque-aware optimizer has no form with "
-                f"{what}; start it without that checkpoint"
+                f"the saved state of {where} is {state!r}, and no dict; leave it out to start afresh there"
+            )
+        if not state:  # no step was taken
+            return {}, {}
+        self._require_complete(state, where)
+        adapted = {key: self._moment(state, key, param, where) for key in self._moments}
+        scalars = self._scalars(state, param, where)
+        others = {key: value for key, value in state.items() if key not in self.known}
+        # torch calls the type of whatever it can iterate over, and so makes "<generator object ...>" of a text.
+        opaque = {key: value for key, value in others.items() if not isinstance(value, (Tensor, dict, list, tuple))}
+        castable = {key: value for key, value in others.items() if key not in opaque}
+        return {**adapted, **scalars, **castable}, {**scalars, **opaque}
+
+    def _require_complete(self, state: Mapping[str, Any], where: str) -> None:
+        """SGD keeps no step, and no buffer before the first one; Adam keeps all."""
+        hollow = sorted(key for key in self.known if isinstance(state.get(key), dict))
+        if hollow:  # so torch.distributed.checkpoint fills a flattened one (torch 2.13, _unflatten_optim_state_dict)
+            raise ValueError(
+                f"the saved state of {where} holds {{}} as {hollow}: the checkpoint has nothing for it; leave it out "
+                "of the state_dict to start afresh there"
+            )
+        if self._adaptive:
+            missing = [key for key in ("step", *self._moments) if state.get(key) is None]
+        else:
+            missing = [key for key in self._moments if "torque" in state and key not in state]
+        if missing:
+            raise ValueError(
+                f"the saved state of {where} holds {sorted(map(str, state))} and so lacks {missing}: {self._name} "
+                f"expects {sorted(self.known)}, or what its torch.optim counterpart keeps; it is another optimizer's"
             )
 
-
-def _require_family(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
-    """The group must be of the same kind of optimizer, also where it holds no state yet."""
-    name, adaptive = type(optimizer).__name__, "betas" in optimizer.defaults
-    if adaptive != ("betas" in saved):
-        raise ValueError(
-            f"the saved state's param groups hold {sorted(saved)}: they are another optimizer's than {name}'s"
-        )
-    if adaptive and saved.get("decoupled_weight_decay", not optimizer.coupled) is optimizer.coupled:
-        kind, ours = ("decoupled", "AdamW") if optimizer.coupled else ("coupled", "Adam")
-        raise ValueError(
-            f"the saved state has {kind} weight decay, as {ours} does, and {name} has not: "
-            f"load it into hf_tam.{'AdaTAMW' if optimizer.coupled else 'AdaTAM'}"
-        )
-    if "step_size" in saved:
-        validate_step_size(saved["step_size"], optimizer.step_sizes)
-
-
-def _adapt_state(
-    optimizer: TorqueAware, state: dict[str, Any], param: Tensor, saved: dict[str, Any], literal: bool, where: str
-) -> dict[str, Any]:
-    moments = optimizer.moments
-    known = {*moments, *optimizer.scalar_states}
-    # SGD keeps no step, and no buffer before the first one.
-    missing = [key for key in moments if state.get(key) is None and key != "momentum_buffer"]
-    if set(state) - known or missing or ("betas" in optimizer.defaults and "step" not in state):
-        raise ValueError(
-            f"the saved state of {where} holds {sorted(state)}, {type(optimizer).__name__} expects {sorted(known)} or "
-            f"those of its torch.optim counterpart: it is another optimizer's"
-        )
-    adapted = {key: state[key] for key in moments if state.get(key) is not None}
-    for key, moment in adapted.items():
+    def _moment(self, state: Mapping[str, Any], key: str, param: Tensor, where: str) -> Tensor:
+        moment = state.get(key)
+        if moment is None:
+            return torch.zeros_like(param, memory_format=torch.preserve_format)
+        if not isinstance(moment, Tensor):
+            moment = torch.tensor(moment, device=param.device)
+        if type(moment) not in (Tensor, nn.Parameter, type(param)):  # a quantised one has no memory to be written to
+            raise ValueError(
+                f"the saved {key} of {where} is a {type(moment).__name__}: torch.optim's and these optimizers keep "
+                "plain tensors; put what its dequantize() returns in its place, or start without that checkpoint"
+            )
         if moment.shape != param.shape:
             raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
         if getattr(moment, "placements", None) != getattr(param, "placements", None):
@@ -114,116 +182,58 @@ def _adapt_state(
                 f"the saved {key} of {where} is not sharded as the parameter is; load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-    return {
-        **adapted,
-        **_adapt_scalars(optimizer, state, saved, literal),
-        **_adapt_buffer(adapted, state, param, saved, literal),
-    }
+        if key == "momentum_buffer" and self._literal and self._is_sgds(state):
+            return moment / moment_unit(0.0, averaged=False)
+        return moment.resolve_conj().resolve_neg()  # what is to be negated when it is read, kernels would not
+
+    def _is_sgds(self, state: Mapping[str, Any]) -> bool:
+        """Whether torch.optim.SGD made the state; see `_scalars` for one of ours that is fresh."""
+        if not state.keys() & {"step", "torque"}:
+            return not self._from_table
+        numbers = [torch.as_tensor(state.get(key, 0.0)) for key in ("step", "torque")]
+        return all(number.ndim == 0 and not number for number in numbers)
+
+    def _scalars(self, state: Mapping[str, Any], param: Tensor, where: str) -> dict[str, Tensor]:
+        """The scalar states; what is missing is filled in as for the moments of torch.optim's counterpart.
+
+        torch.distributed.checkpoint fills what a checkpoint lacks from a fresh state of ours where it may: with
+        full_state_dict=True, or DefaultLoadPlanner(allow_partial_load=True). A step of ours is counted, and leaves the
+        scale above 0 or the torque below. No number is read on the host, which a fake tensor would not allow.
+        """
+        scalars = {
+            key: self._scalar(default if state.get(key) is None else state[key], param, f"{key} of {where}")
+            for key, default in self._defaults.items()
+        }
+        if {"torque", "exp_avg_scale"} <= state.keys() and scalars["torque"].ndim == 0:
+            step, scale = scalars["step"], scalars["exp_avg_scale"]
+            filled = (step > 0.0) & (scale == 0.0) & (scalars["torque"] == 0.0)
+            scalars["exp_avg_scale"] = torch.where(filled, self._defaults["exp_avg_scale"], scale)
+        return scalars
+
+    def _scalar(self, value: Any, param: Tensor, where: str) -> Tensor:
+        try:
+            scalar = torch.as_tensor(value, dtype=torch.float32, device=param.device).detach()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the saved {where} is no number: {value!r}") from error
+        if self._flat:  # a vector over the buffer's tensors, or one number for all
+            return scalar
+        if scalar.numel() != 1:
+            raise ValueError(f"the saved {where} has shape {tuple(scalar.shape)}, and must be one number")
+        return scalar.reshape(())
 
 
-def foreign_scalars(optimizer: TorqueAware, group: dict[str, Any]) -> dict[str, float]:
-    """The scalar states of a tensor whose moments torch.optim's counterpart has left."""
-    scalars = dict.fromkeys(optimizer.scalar_states, 0.0)
-    if "exp_avg_scale" in scalars:
-        scalars["exp_avg_scale"] = 1.0 / (2.0 * (1.0 - group["betas"][0])) if group["step_size"] == "paper" else 1.0
-    return scalars
-
-
-def _adapt_scalars(
-    optimizer: TorqueAware, state: dict[str, Any], saved: dict[str, Any], literal: bool
-) -> dict[str, Tensor]:
-    foreign = foreign_scalars(optimizer, {**saved, "step_size": "paper" if literal else "adamw"})
-    held = {key: value for key, value in state.items() if key == "step" or not _is_torchs(state, saved)}
-    return {key: torch.as_tensor(held.get(key, value), dtype=torch.float32) for key, value in foreign.items()}
-
-
-def _adapt_buffer(
-    adapted: dict[str, Any], state: dict[str, Any], param: Tensor, saved: dict[str, Any], literal: bool
-) -> dict[str, Tensor]:
-    if "momentum_buffer" not in state:
-        return {}
-    buffer = adapted.get("momentum_buffer")
-    if buffer is None:
-        return {"momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format)}
-    return {"momentum_buffer": buffer / 2.0 if literal and _is_torchs(state, saved) else buffer}
-
-
-def _is_torchs(state: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Whether torch.optim's counterpart made the state: it has no torque, or that of a fresh state of ours.
-
-    torch.distributed.checkpoint fills what a checkpoint lacks from a fresh state where it may: with
-    full_state_dict=True, or DefaultLoadPlanner(allow_partial_load=True). A step of ours is counted, and leaves the
-    scale above 0 or the torque below.
-    """
-    if "torque" not in state:
-        return TABLE not in saved
-    if torch.as_tensor(state["torque"]).ndim:  # a buffer of ZeRO's
-        return False
-    fresh = float(state["torque"]) == 0.0
-    if "exp_avg" in state:
-        return fresh and float(state["step"]) > 0.0 and float(state["exp_avg_scale"]) == 0.0
-    return fresh and float(state["step"]) == 0.0
-
-
-def _adapt_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Fill in what the checkpoint lacks, keep what is the constructor's, warn of what is overridden."""
-    for key in _TORCH_ONLY:
-        saved.pop(key, None)
-    overridden = []
-    for key, requested in group.items():
-        if key in ("params", TABLE):
-            continue
-        if key in _CONSTRUCTORS or key not in saved:
-            saved[key] = requested
-        elif _overrides(key, group, saved):
-            overridden.append(f"{key}={_plain(saved[key])} (requested: {_plain(requested)})")
-    validate({key: value for key, value in saved.items() if key in group})
-    if overridden:
-        warnings.warn(
-            f"the checkpoint's hyperparameters override the requested ones: {', '.join(overridden)}. To use the "
-            "requested ones, set them in optimizer.param_groups after loading.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Whether a saved value replaces a requested one; a value that a scheduler moves is compared where it started."""
-    if key == "lr" and "max_lr" in saved:
-        return False  # OneCycleLR and CyclicLR set their own, whatever was requested
-    if key == "lr" and "initial_lr" in saved:
-        return not _same(saved["initial_lr"], group.get("initial_lr", group["lr"]))
-    scheduled = key in ("initial_lr", "max_lr", "min_lr", "param_names", "base_momentum", "max_momentum")
-    if scheduled or (key in ("betas", "momentum") and "base_momentum" in saved):
-        return False
-    return not _same(saved[key], group[key])
-
-
-def _same(saved: Any, requested: Any) -> bool:
-    """Whether two hyperparameters are equal, as far as a learning rate in an fp32 tensor can tell."""
-    left, right = _plain(saved), _plain(requested)
-    if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-6)
-    return bool(left == right)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item()
-    return tuple(value) if isinstance(value, list) else value
-
-
-def restore_scalars(optimizer: TorqueAware, state_dict: dict[str, Any]) -> None:
-    """Put the scalar states back as saved: torch.optim casts them to the parameter's dtype while loading.
+@torch.inference_mode(False)  # tensors made in that mode cannot be stepped outside of it
+def restore(optimizer: TorqueAware, adapted: Adapted) -> None:
+    """Put back what torch.optim casts while loading: the scalar states, and values of others' that are no tensors.
 
     1,000,001 steps became 999,424 and an fp32 torque a bf16 one in a bf16 model (torch 2.13, optim/optimizer.py).
     """
-    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    keys = chain.from_iterable(group["params"] for group in adapted.state_dict["param_groups"])
     for key, param in zip(keys, optimizer._params(), strict=True):
-        if key in state_dict["state"]:
-            for name in optimizer.scalar_states:
-                value = state_dict["state"][key][name]
-                optimizer.state[param][name] = value.to(device=param.device, dtype=torch.float32, copy=True)
+        for name, value in adapted.kept.get(key, {}).items():
+            if name in optimizer.scalar_states:
+                value = value.to(device=param.device, dtype=torch.float32, copy=True)
+            optimizer.state[param][name] = value
 
 
 def share_scalars(optimizer: TorqueAware, reducer: Reducer) -> None:
@@ -234,9 +244,11 @@ def share_scalars(optimizer: TorqueAware, reducer: Reducer) -> None:
     params, keys = list(optimizer._params()), optimizer.scalar_states
 
     def numbers() -> Tensor:
-        rows = [[optimizer.state.get(param, {}).get(key) for key in keys] for param in params]
-        unknown = torch.tensor(-math.inf, device=params[0].device)
-        return torch.stack([torch.stack([unknown if value is None else value for value in row]) for row in rows])
+        device = params[0].device
+        unknown = torch.tensor(-math.inf, device=device)
+        states = [optimizer.state.get(param, {}) for param in params]
+        rows = [[unknown if key not in state else state[key].to(device) for key in keys] for state in states]
+        return torch.stack([torch.stack(row) for row in rows])
 
     shared = reducer.share(numbers)
     for param, row in zip(params, [] if shared is None else shared.unbind(), strict=shared is not None):
@@ -246,7 +258,19 @@ def share_scalars(optimizer: TorqueAware, reducer: Reducer) -> None:
                 optimizer.state[param][key].copy_(number)
 
 
-def complete(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, Any]:
+def finish(optimizer: TorqueAware, packed: dict[str, Any]) -> None:
+    """A hook of state_dict(), before any of the user's: see `TorqueAware.state_dict`. Changes `packed` in place."""
+    if optimizer._logical.is_partitioned(optimizer.param_groups):
+        stepped = [
+            (optimizer.state[buffer], indices) for buffer, indices in optimizer._logical.buffers(optimizer.state)
+        ]
+        count = len(optimizer._names())
+        buffers.save_table(packed, stepped, count=count, scalar_states=optimizer.scalar_states)
+    else:
+        _complete(optimizer, packed)
+
+
+def _complete(optimizer: TorqueAware, state_dict: dict[str, Any]) -> None:
     """Where there are DTensors, give the parameters that have none a state of zeros, as their first step would.
 
     A parameter that got no gradient yet (an expert without a token) has no state, but whoever loads the checkpoint
@@ -254,19 +278,19 @@ def complete(optimizer: TorqueAware, state_dict: dict[str, Any]) -> dict[str, An
     """
     params = list(optimizer._params())
     if not state_dict["state"] or not any(hasattr(param, "placements") for param in params):
-        return state_dict
+        return
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     for key, param in zip(keys, params, strict=True):
-        if key not in state_dict["state"] and param.requires_grad:
+        if not state_dict["state"].get(key) and param.requires_grad:
             state_dict["state"][key] = {}
             optimizer._init_state(param, state_dict["state"][key], None)
-    return state_dict
 
 
 def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:
     """The state as torch.optim's counterpart loads it: AdamW's of AdaTAMW, Adam's of AdaTAM, SGD's of TAM.
 
-    The torque is left behind. Moments are new tensors in the parameter's dtype. No communication.
+    The torque is left behind. Moments are new tensors in the parameter's dtype. Hooks of state_dict() are not run. No
+    communication.
 
     Args:
         optimizer: One of this package's optimizers.
@@ -276,28 +300,51 @@ def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:
 
     Raises:
         TypeError: `optimizer` is none of ours.
+        RuntimeError: DeepSpeed ZeRO keeps the state, in flat buffers that torch.optim has no form of.
     """
     if not hasattr(optimizer, "scalar_states"):
         raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(optimizer).__name__}")
-    packed = optimizer.state_dict()
-    states = {}
+    if optimizer._logical.is_partitioned(optimizer.param_groups):
+        raise RuntimeError(
+            "export_torch_state_dict: under DeepSpeed ZeRO the state lies in flat buffers, each with a step and a "
+            "scale for every tensor in it, of which torch.optim has no form; go on with hf_tam's optimizer"
+        )
+    packed = _pack(optimizer)
+    states, known = {}, {*optimizer.moments, *optimizer.scalar_states}
     for group in packed["param_groups"]:
         for key in group["params"]:
-            if key in packed["state"]:
-                states[key] = _export_state(packed["state"][key], group)
+            if packed["state"].get(key):
+                states[key] = _export_state(packed["state"][key], group, known)
     return {"state": states, "param_groups": [_export_group(group, optimizer) for group in packed["param_groups"]]}
 
 
-def _export_state(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def _pack(optimizer: TorqueAware) -> dict[str, Any]:
+    """What torch.optim.Optimizer.state_dict returns, whatever hooks make of it."""
+    keys: dict[Tensor, int] = {}
+    for position, param in enumerate(optimizer._params()):
+        keys.setdefault(param, position)
+    groups = [{**group, "params": [keys[param] for param in group["params"]]} for group in optimizer.param_groups]
+    packed = {
+        "state": {key: optimizer.state[param] for param, key in keys.items() if param in optimizer.state},
+        "param_groups": groups,
+    }
+    _complete(optimizer, packed)
+    return packed
+
+
+def _export_state(state: dict[str, Any], group: dict[str, Any], known: set[str]) -> dict[str, Any]:
     literal = group["step_size"] == "paper"
+    others = {key: value for key, value in state.items() if key not in known}
     if "momentum_buffer" in state:
-        return {"momentum_buffer": state["momentum_buffer"] * (2.0 if literal else 1.0)}
-    scale = state["exp_avg_scale"] * (2.0 * (1.0 - group["betas"][0]) if literal else 1.0)
+        unit = moment_unit(group["momentum"], averaged=False) if literal else 1.0
+        return {"momentum_buffer": state["momentum_buffer"] * unit, **others}
+    scale = state["exp_avg_scale"] * (moment_unit(group["betas"][0], averaged=True) if literal else 1.0)
     on_device = group["capturable"] or group["fused"]
     return {
         "step": state["step"].clone() if on_device else state["step"].cpu(),
         "exp_avg": state["exp_avg"] * scale,
         "exp_avg_sq": state["exp_avg_sq"].clone(),
+        **others,
     }
 
 

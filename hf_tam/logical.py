@@ -3,28 +3,78 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from hf_tam.ownership import OwnedParameters
-from hf_tam.sharding import Reducer, is_partitioned, select_reducer
+from hf_tam.ownership import OwnedParameters, shape_of
+from hf_tam.sharding import FSDP1_MARK, Reducer, is_partitioned, refuse_parts, select_reducer, several_processes
+from hf_tam.sharding.refusals import refuse_plain_shards
 
 _WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
+_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})
+"""Classes that hold the user's model as `module`, a name that a user's own part may have as well."""
 
 
 class _Selected(NamedTuple):
-    """A reducer, and the tensors of param_groups that it was made for."""
+    """A reducer, and what it was chosen by, attribute by attribute: it is asked of thousands of tensors at every step.
+
+    Attributes:
+        reducer: The reducer.
+        ids: The identities of the tensors in param_groups.
+        kinds: Their types.
+        sizes: How many elements each has.
+        sliced: Whether FSDP1 keeps slices of it.
+        specs: Where and how it is cut, for a DTensor.
+    """
 
     reducer: Reducer
-    params: list[weakref.ref[Tensor]]
+    ids: tuple[int, ...]
+    kinds: list[type[Tensor]]
+    sizes: list[int]
+    sliced: list[bool]
+    specs: list[Any] | None
+
+    @classmethod
+    def of(cls, reducer: Reducer, params: Sequence[Tensor]) -> _Selected:
+        kinds = list(map(type, params))
+        specs = _specs(params)
+        return cls(
+            reducer,
+            ids=tuple(map(id, params)),
+            kinds=kinds,
+            sizes=_sizes(params),
+            sliced=_sliced(params),
+            specs=specs if any(spec is not None for spec in specs) else None,
+        )
 
     def serves(self, params: Sequence[Tensor]) -> bool:
-        return len(params) == len(self.params) and all(
-            reference() is param for reference, param in zip(self.params, params, strict=True)
+        """Whether these tensors, which have its ids, still are what it was chosen by.
+
+        In one process nothing can have been cut.
+        """
+        return list(map(type, params)) == self.kinds and (
+            not several_processes()
+            or (
+                _sizes(params) == self.sizes
+                and _sliced(params) == self.sliced
+                and (self.specs is None or _specs(params) == self.specs)
+            )
         )
+
+
+class _Attached(NamedTuple):
+    """A module that was attached, and the ids of its parameters that were in param_groups when last seen there."""
+
+    reference: weakref.ref[nn.Module]
+    trained: frozenset[int]
+
+    @classmethod
+    def of(cls, module: nn.Module, ids: Iterable[int]) -> _Attached:
+        return cls(weakref.ref(module), frozenset(map(id, module.parameters())).intersection(ids))
 
 
 class LogicalTensors:
@@ -33,51 +83,98 @@ class LogicalTensors:
     Usually each parameter in `param_groups` stands for one logical tensor. Under DeepSpeed ZeRO the parameters that
     the optimizer was built with do, and `param_groups` hold flat buffers; DeepSpeed steps one buffer at a time, so
     there is a reducer for each set of tensors that has been stepped.
+
+    No tensor is referred to: what is needed of one is looked up in `param_groups`, `state` and the attached modules.
     """
 
     def __init__(self) -> None:
         """Know nothing yet."""
         self._owned = OwnedParameters()
-        self._module: weakref.ref[nn.Module] | None = None
+        self._attached: list[_Attached] = []
         self._selected: dict[tuple[int, ...], _Selected] = {}
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Remember the parameters of a param group, and their names where it has them."""
         self._owned.add(group["params"], group.get("param_names", ()))
 
-    def attach(self, module: nn.Module, params: Sequence[Tensor]) -> None:
-        """See `TorqueAware.attach`; `params` are those in `param_groups`."""
+    def attach(self, module: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+        """See `TorqueAware.attach`; `groups` are the `param_groups`."""
+        refuse_plain_shards(module)
         named = _named_parameters(module)
-        mine = {id(param) for param in (*params, *self._owned.in_order())}
-        if not any(id(param) in mine for param in named.values()):
-            raise ValueError(
-                f"attach: {type(module).__name__} owns none of this optimizer's parameters; pass the module whose "
-                "parameters the optimizer was built with"
+        params = _all(groups)
+        held = set(map(id, params))
+        called = {id(param): name for name, param in named.items()}
+        names = [called.get(id(param)) or self._owned.name(param) for param in params]
+        refuse_parts(params, names=names, modules=[module, *self._modules()])
+        if not any(id(param) in held or self._owned.was_handed(param) for param in named.values()):
+            raise self._foreign(module, named)
+        others = [_Attached.of(other, held) for other in self._modules() if other is not module]
+        self._attached = [*others, _Attached.of(module, held)]
+        self._owned.learn(named)
+        if not self.is_partitioned(groups):
+            self._owned.set_order(params)
+            # An engine that is gone has left its buffers' ids. Nothing else: to select anew communicates, and this may
+            # be the only rank that attaches.
+            self._selected = {key: made for key, made in self._selected.items() if held.issuperset(key)}
+
+    def _foreign(self, module: nn.Module, named: Mapping[str, Tensor]) -> Exception:
+        """The error for a module that owns none of what the optimizer was handed."""
+        flat = [param for param in named.values() if getattr(param, "_is_flat_param", False)]
+        flattened = {tuple(shape) for param in flat for shape in getattr(param, "_shapes", ())}
+        if flat and flattened.issuperset(self._owned.shapes_in_order()):
+            return RuntimeError(
+                f"attach: FSDP1 has put the parameters of {type(module).__name__} into flat parameters since the "
+                "optimizer was built with them, so it would train nothing; wrap the model with use_orig_params=True "
+                "(fsdp_use_orig_params: true)"
             )
-        self._owned.add_named(named)
-        if self._module is None or self._module() is not module:
-            self._module = weakref.ref(module)
-            self._selected.clear()
+        return ValueError(
+            f"attach: {type(module).__name__} owns none of this optimizer's parameters; pass the module whose "
+            "parameters the optimizer was built with"
+        )
 
     def select(self, params: list[Tensor], groups: Sequence[dict[str, Any]]) -> Reducer:
         """The reducer for `params`, all that stand in `groups`; found anew when they are others than before."""
-        key = tuple(map(id, params))
-        known = self._selected.get(key)
+        if self._attached and all(param.grad is None for param in params):
+            self._refuse_replaced(params)
+        known = self._selected.get(tuple(map(id, params)))
         if known is not None and known.serves(params):
             return known.reducer
-        module = None if self._module is None else self._module()
-        if module is not None:  # FSDP2 puts other parameters in the module's place
-            self._owned.add_named(_named_parameters(module))
-        reducer = select_reducer(params, self._owned, names=self.names(groups), module=module)
-        if not self.is_partitioned(groups):
+        modules = self._modules()
+        for module in modules:  # FSDP2 puts other parameters in the module's place
+            self._owned.learn(_named_parameters(module))
+        owned = {id(param): param for module in modules for param in module.parameters()}
+        partitioned = self.is_partitioned(groups)
+        logical = self._owned.in_order(owned) if partitioned else []
+        reducer = select_reducer(params, self._owned, names=self.names(groups), logical=logical, modules=modules)
+        selected = _Selected.of(reducer, params)
+        if not partitioned:
             self._selected.clear()
-        self._selected[key] = _Selected(reducer, [weakref.ref(param) for param in params])
+            self._owned.settle(params, owned)
+            self._attached = [_Attached.of(module, selected.ids) for module in modules]
+        self._selected[selected.ids] = selected
         return reducer
+
+    def _refuse_replaced(self, params: Sequence[Tensor]) -> None:
+        """Refuse to step parameters that a module has had replaced, which nothing will ever give a gradient.
+
+        What stays in param_groups then is not the module's: fully_shard, load_state_dict(assign=True) and
+        `module.to()` with torch.__future__.set_overwrite_module_params_on_conversion(True) leave it behind.
+        """
+        held = set(map(id, params))
+        for module, trained in self._attached:
+            owner = module()
+            if owner is None or not trained & held or any(id(param) in held for param in owner.parameters()):
+                continue
+            raise RuntimeError(
+                f"no parameter of this optimizer has a gradient, and none is {type(owner).__name__}'s any more: it "
+                "was given new ones after the optimizer was built (by fully_shard, or load_state_dict(assign=True)), "
+                "so this step would train nothing. Build the optimizer after that"
+            )
 
     def names(self, groups: Sequence[dict[str, Any]]) -> list[str | None]:
         """The names of the logical tensors, in order; None where unknown."""
         if self.is_partitioned(groups):
-            return [None if param is None else self._owned.name(param) for param in self._owned.in_order()]
+            return self._owned.names_in_order()
         names: list[str | None] = []
         for group in groups:
             given = group.get("param_names", [])
@@ -86,26 +183,63 @@ class LogicalTensors:
             names += [name or self._owned.name(param) for name, param in zip(given, group["params"], strict=True)]
         return names
 
-    def buffers(self) -> Iterator[tuple[Tensor, list[int]]]:
-        """Every flat buffer that has been stepped, with the positions of its logical tensors."""
+    def buffers(self, states: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+        """Every flat buffer that has a state, with the positions of its logical tensors.
+
+        Args:
+            states: The keys of `optimizer.state`.
+        """
+        tensors = {id(tensor): tensor for tensor in states}
         for selected in self._selected.values():
-            for reference in selected.params:
-                buffer = reference()
-                spans = None if buffer is None else selected.reducer.spans(buffer)
-                if buffer is not None and spans is not None:
+            for buffer in [tensors[key] for key in selected.ids if key in tensors]:
+                spans = selected.reducer.spans(buffer)
+                if spans is not None:
                     yield buffer, [span.position for span in spans]
 
     def is_partitioned(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether DeepSpeed ZeRO has taken the parameters over, and put its buffers into `groups` in their place."""
-        return is_partitioned(self._owned.in_order()) and not any(
-            param in self._owned for group in groups for param in group["params"]
-        )
+        if any(self._owned.recalls(param) for group in groups for param in group["params"]):
+            return False
+        parameters = chain.from_iterable(module.parameters() for module in self._modules())
+        return is_partitioned(param for param in parameters if self._owned.was_handed(param))
+
+    def _modules(self) -> list[nn.Module]:
+        """The attached modules that are still there."""
+        return [module for attached in self._attached if (module := attached.reference()) is not None]
+
+
+def _all(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"]]
+
+
+def _sizes(params: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(Tensor.numel, params))
+    except ValueError:  # a lazy module has not given its parameters a shape yet
+        return [0 if shape_of(param) is None else param.numel() for param in params]
+
+
+def _sliced(params: Sequence[Tensor]) -> list[bool]:
+    return list(map(hasattr, params, repeat(FSDP1_MARK)))
+
+
+def _specs(params: Sequence[Tensor]) -> list[Any]:
+    return list(map(getattr, params, repeat("_spec"), repeat(None)))
 
 
 def _named_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names that the user's own model gives them, whatever is wrapped around it."""
-    inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-    return {
-        ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS): param
-        for name, param in inner.named_parameters()
-    }
+    """The parameters by the names that the user's own model gives them, whatever is wrapped around it, or within."""
+    named: dict[str, Tensor] = {}
+    names, hidden, seen = {"": ""}, set(), set()
+    for path, part in module.named_modules():
+        parent, _, own = path.rpartition(".")
+        if path:
+            skipped = own in _WRAPPER_PARTS or path in hidden
+            names[path] = names[parent] if skipped else f"{names[parent]}.{own}".lstrip(".")
+        if any(kind.__name__ in _WRAPPERS for kind in type(part).__mro__):
+            hidden.add(f"{path}.module".lstrip("."))
+        for leaf, param in part._parameters.items():  # FSDP1 has a `named_parameters` of its own
+            if param is not None and id(param) not in seen:
+                seen.add(id(param))
+                named[f"{names[path]}.{leaf}".lstrip(".")] = param
+    return named

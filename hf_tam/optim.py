@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_tam import update
-from hf_tam.backends.whole import AdamStep, SgdStep
-from hf_tam.bucket import Bucket
+from hf_tam.family import Family
 from hf_tam.hyperparameters import ADAPTIVE_STEP_SIZES, MOMENTUM_STEP_SIZES
 from hf_tam.torque_aware import TorqueAware
+from hf_tam.update import Numbers, adam_numbers, sgd_numbers
 
 __all__ = ["TAM", "AdaTAM", "AdaTAMW"]
 
@@ -28,47 +27,36 @@ class _Adaptive(TorqueAware):
     fp32.
     """
 
-    moments = ("exp_avg", "exp_avg_sq")
     step_sizes = ADAPTIVE_STEP_SIZES
-    scalar_states = ("step", "exp_avg_scale", "torque")
 
-    def _moment_scale(self, bucket: Bucket) -> Tensor:
-        scale = bucket.scalars["exp_avg_scale"]
-        return scale if bucket.literal else scale / (2.0 * (1.0 - bucket.group["betas"][0]))
 
-    def _update(self, bucket: Bucket, cosine: Tensor) -> None:
-        group = bucket.group
-        beta1, lr = group["betas"][0], bucket.learning_rate()
-        coefficient = bucket.coefficient(cosine)
-        gain = coefficient if bucket.literal else 2.0 * (1.0 - beta1) * coefficient
-        moment = update.first_moment(bucket.scalars["exp_avg_scale"], gain, beta1=beta1)
-        coefficients = update.adam_coefficients(
-            bucket.step,
-            moment,
-            lr=lr,
+def _adaptive(name: str, *, coupled: bool) -> Family:
+    def numbers(group: Mapping[str, Any]) -> Numbers:
+        return adam_numbers(
+            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
-            decay=1.0 if self.coupled else 1.0 - lr * group["weight_decay"],
-            corrected=not bucket.literal,
+            weight_decay=group["weight_decay"],
+            coupled=coupled,
+            gamma=group["gamma"],
+            damping_eps=group["damping_eps"],
+            torque_steps=group["torque_steps"],
+            literal=group["step_size"] == "paper",
         )
-        bucket.execute(coefficients)
-        bucket.store("exp_avg_scale", moment.scale)
 
-    def _whole_step(self, bucket: Bucket) -> AdamStep:
-        group = bucket.group
-        decay = 0.0 if self.coupled else group["weight_decay"]
-        return AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **_shared_step(bucket))
+    return Family(name, ("exp_avg", "exp_avg_sq"), ("step", "exp_avg_scale", "torque"), coupled, numbers)
 
 
-def _shared_step(bucket: Bucket) -> dict[str, Any]:
-    """What the adaptive and the momentum step have in common."""
-    group = bucket.group
-    return {
-        "lr": bucket.learning_rate(),
-        "literal": bucket.literal,
-        "skip_nonfinite": group["nonfinite"] == "skip",
-        **{key: group[key] for key in ("gamma", "damping_eps", "torque_steps")},
-    }
+def _momentum(group: Mapping[str, Any]) -> Numbers:
+    return sgd_numbers(
+        lr=group["lr"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        gamma=group["gamma"],
+        damping_eps=group["damping_eps"],
+        torque_steps=group["torque_steps"],
+        literal=group["step_size"] == "paper",
+    )
 
 
 class AdaTAMW(_Adaptive):
@@ -117,7 +105,7 @@ class AdaTAMW(_Adaptive):
         Torque-Aware Momentum, https://arxiv.org/abs/2412.18790
     """
 
-    coupled: ClassVar[bool] = False
+    family: ClassVar[Family] = _adaptive("AdaTAMW", coupled=False)
 
     def __init__(
         self,
@@ -153,7 +141,7 @@ class AdaTAM(_Adaptive):
         Torque-Aware Momentum, https://arxiv.org/abs/2412.18790
     """
 
-    coupled: ClassVar[bool] = True
+    family: ClassVar[Family] = _adaptive("AdaTAM", coupled=True)
 
     def __init__(
         self,
@@ -211,10 +199,8 @@ class TAM(TorqueAware):
         Torque-Aware Momentum, https://arxiv.org/abs/2412.18790
     """
 
-    moments = ("momentum_buffer",)
     step_sizes = MOMENTUM_STEP_SIZES
-    scalar_states = ("step", "torque")
-    coupled: ClassVar[bool] = True
+    family: ClassVar[Family] = Family("TAM", ("momentum_buffer",), ("step", "torque"), True, _momentum)
 
     def __init__(
         self,
@@ -236,20 +222,3 @@ class TAM(TorqueAware):
         """See the class."""
         arguments = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, {**arguments, "fused": None, "capturable": False})
-
-    def _whole_step(self, bucket: Bucket) -> SgdStep:
-        return SgdStep(momentum=bucket.group["momentum"], **_shared_step(bucket))
-
-    def _moment_scale(self, bucket: Bucket) -> Tensor:
-        return torch.full_like(bucket.scalars["step"], 1.0 if bucket.literal else 0.5)
-
-    def _update(self, bucket: Bucket, cosine: Tensor) -> None:
-        coefficient = bucket.coefficient(cosine)
-        ones = torch.ones_like(coefficient)
-        bucket.execute(
-            update.SgdCoefficients(
-                momentum=ones * bucket.group["momentum"],
-                gain=coefficient if bucket.literal else 2.0 * coefficient,
-                step_size=ones * bucket.learning_rate(),
-            )
-        )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import defaultdict
+from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_tam import buffers, checkpoint, clipping, nonfinite, update
-from hf_tam.backends import NUM_SUMS
-from hf_tam.backends.whole import AdamStep, SgdStep
-from hf_tam.bucket import Bucket
-from hf_tam.gathering import Gatherer
+from hf_tam import checkpoint
+from hf_tam.family import Family
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import LocalReducer, Reducer, Span
-from hf_tam.telemetry import Telemetry
+from hf_tam.sharding import FSDP1_MARK, Reducer, Span
+from hf_tam.step import buffers, guards
+from hf_tam.step.pipeline import Pipeline
+from hf_tam.step.telemetry import Telemetry
+
+_ADDED = {"max_grad_norm": None}
+"""Hyperparameters that a pickle of an earlier version lacks, with what that did."""
 
 
 class TorqueAware(Optimizer, ABC):
@@ -33,12 +34,8 @@ class TorqueAware(Optimizer, ABC):
 
     step_sizes: ClassVar[tuple[str, ...]]
     """Accepted values of `step_size`."""
-    moments: ClassVar[tuple[str, ...]]
-    """State keys of the moments, which have the parameter's shape and dtype."""
-    scalar_states: ClassVar[tuple[str, ...]]
-    """State keys that hold one fp32 number a tensor."""
-    coupled: ClassVar[bool]
-    """Whether weight decay is part of the gradient."""
+    family: ClassVar[Family]
+    """Its states and its numbers."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check `defaults`, then hand over to torch.optim.Optimizer."""
@@ -51,7 +48,7 @@ class TorqueAware(Optimizer, ABC):
         self._logical = LogicalTensors()
         self._telemetry = Telemetry()
         self._just_loaded = False
-        self._gatherer = Gatherer()
+        self._pipeline = Pipeline(self.family, self._telemetry)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may override any hyperparameter. No communication.
@@ -69,15 +66,18 @@ class TorqueAware(Optimizer, ABC):
     def attach(self, module: nn.Module) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
 
-        Needed under FSDP1, where only the module knows how its parameters are cut; optional otherwise.
+        Needed under FSDP1 and DeepSpeed ZeRO, where only the module leads to how its parameters are cut (the Trainer,
+        `Accelerator.prepare` and `deepspeed.initialize` call it); optional otherwise. An optimizer over several
+        modules is attached to each.
 
         The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
-        optimizer was built is accepted again if it is the module's.
+        optimizer was built is accepted again if it is the module's. The module is not kept alive.
 
         Raises:
-            ValueError: The module owns none of the optimizer's parameters.
+            ValueError: The module owns none of the optimizer's parameters, or is tensor-parallel over plain tensors.
+            RuntimeError: A parameter says that it is a part of a tensor, or is in a flat parameter of FSDP1's.
         """
-        self._logical.attach(module, list(self._params()))
+        self._logical.attach(module, self.param_groups)
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -85,12 +85,13 @@ class TorqueAware(Optimizer, ABC):
         Returns:
             A dict. `cosine`, `torque` and `damping`: 1-D fp32 tensors with one entry a logical parameter tensor, in
             param_groups order; a tensor without a gradient in the last step has cosine 0 and damping (1 + torque) / 2.
-            `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr * c_t in the
-            paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names, None where
-            unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN before the
-            first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
-            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope
-            "tensor", whole steps with scope "model".
+            After a load under FSDP1, torque and damping are NaN on a rank that holds nothing of a tensor, until the
+            next step. `effective_lr`: 1-D fp32, lr * 2 * c_t in the calibrated forms (c = 1/2 is AdamW or SGD), lr *
+            c_t in the paper's; NaN for a tensor that took no step in the last one. `names`: the parameters' names,
+            None where unknown. `grad_norm`: 0-d fp32, the global norm of the raw gradients as the step saw them (NaN
+            before the first step, and where nothing needed it any more); `grad_norms`: 1-D fp32, that of each tensor.
+            `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope "tensor",
+            whole steps with scope "model".
         """
         names = self._names()
         device = next((param.device for param in self._params()), torch.device("cpu"))
@@ -113,10 +114,12 @@ class TorqueAware(Optimizer, ABC):
             for index, param in enumerate(self._params()):
                 if param in self.state and "torque" in self.state[param]:
                     yield [index], self.state[param]["torque"].reshape(1)
+                elif self._just_loaded and getattr(param, FSDP1_MARK, False):  # the next step tells this rank
+                    yield [index], torch.full((1,), torch.nan)
             return
         for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
             yield range(len(table)), table.nan_to_num(0.0)
-        for buffer, indices in self._logical.buffers():
+        for buffer, indices in self._logical.buffers(self.state):
             if self.state[buffer]["torque"].ndim == 1:
                 yield indices, self.state[buffer]["torque"]
 
@@ -155,52 +158,24 @@ class TorqueAware(Optimizer, ABC):
         if self._just_loaded:
             checkpoint.share_scalars(self, reducer)
             self._just_loaded = False
-        had_state = bool(self.state)
-        buckets = self._gatherer.buckets(self, reducer)
-        self._check_devices(buckets)
-        self._telemetry.start(reducer)
-        limit = self._max_grad_norm()
-        everything, buckets = buckets, self._take_whole_steps(reducer, buckets, limit)
-        # Not by what this rank has gradients of: all must take as many reductions.
-        if limit is not None and self.coupled and any(group["weight_decay"] for group in self.param_groups):
-            self._reduce_clipped(reducer, buckets, limit)
-            limit = None
-        else:
-            self._reduce(reducer, buckets)
-        nonfinite.refuse(buckets, self._names)
-        if limit is not None:
-            clipping.set_factors(buckets, limit)
-        devices: defaultdict[torch.device, list[Bucket]] = defaultdict(list)
-        for bucket in buckets:
-            devices[bucket.device].append(bucket)
-        for together in devices.values():
-            nonfinite.skip(together, self._telemetry)
-            self._angles(together)
-        self._telemetry.record(reducer, everything)
-        self._forget_initialisation(everything, had_state=had_state)
-        self._gatherer.forget_gradients()
+        self._pipeline.step(
+            self.param_groups,
+            self.state,
+            reducer,
+            name=self._describe,
+            limit=self._max_grad_norm(),
+            found_inf=getattr(self, "found_inf", None),
+            grad_scale=getattr(self, "grad_scale", None),
+        )
 
-    def _forget_initialisation(self, buckets: list[Bucket], *, had_state: bool) -> None:
-        """Undo a step that was taken only to create state.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to step(); as torch.optim, where `fused=True`.
 
-        torch.distributed.checkpoint's state-dict helpers step once with lr = 0 and zero gradients, and leave step = 1
-        behind (https://github.com/pytorch/pytorch/issues/164929); training would not be the same afterwards.
+        GradScaler then sets the attributes `found_inf` and `grad_scale`, which step() heeds in any case, and does not
+        wait for the accelerator. Frameworks that clip between the two refuse an optimizer that says so (Lightning).
         """
-        rates = [bucket.group["lr"] for bucket in buckets]
-        if (
-            had_state
-            or not all(bucket.measured for bucket in buckets)
-            or not buckets
-            or any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates)
-            # DeepSpeed's groups come one at a time: LoRA's A matrices, whose first gradients are 0, may come alone.
-            or self._logical.is_partitioned(self.param_groups)
-        ):
-            return
-        flags = [(bucket.raw_grad_sq == 0.0).all() for bucket in buckets]
-        flags += [rate.reshape(()) == 0.0 for rate in rates if isinstance(rate, Tensor)]
-        idle = torch.stack([flag.to(buckets[0].device) for flag in flags]).all()
-        for bucket in buckets:
-            bucket.scale_state((~idle).to(bucket.device))
+        return any(group.get("fused") for group in self.param_groups)
 
     def _select_reducer(self) -> Reducer:
         reducer = self._logical.select(list(self._params()), self.param_groups)
@@ -212,31 +187,8 @@ class TorqueAware(Optimizer, ABC):
             )
         return reducer
 
-    def _take_whole_steps(self, reducer: Reducer, buckets: list[Bucket], limit: float | None) -> list[Bucket]:
-        """Let backends step by themselves what depends on nothing else, and return the buckets that are left."""
-        if (
-            limit is not None
-            or not isinstance(reducer, LocalReducer)
-            or any(group["nonfinite"] == "raise" for group in self.param_groups)
-        ):
-            return buckets
-        left = []
-        for bucket in buckets:
-            report = None
-            if bucket.group["scope"] == "tensor":
-                skipped = self._telemetry.skipped_on(bucket.device)
-                step = self._whole_step(bucket)
-                report = bucket.backend.whole_step(bucket.entries, bucket.matrix, step, skipped=skipped)
-            if report is None:
-                left.append(bucket)
-                continue
-            bucket.set_report(report)
-            if bucket.on_host:
-                self._telemetry.read_skipped()
-        return left
-
     def _max_grad_norm(self) -> float | None:
-        limit = clipping.common_limit(self.param_groups)
+        limit = guards.common_limit(self.param_groups)
         if limit is not None and self._logical.is_partitioned(self.param_groups):
             raise RuntimeError(
                 f"max_grad_norm={limit} cannot be used with DeepSpeed ZeRO, which hands over a part of the gradients "
@@ -244,83 +196,9 @@ class TorqueAware(Optimizer, ABC):
             )
         return limit
 
-    def _reduce_clipped(self, reducer: Reducer, buckets: list[Bucket], limit: float) -> None:
-        """Clip the gradients themselves, to which a coupled decay is added, before their sums are taken."""
-        self._reduce(reducer, buckets, only_norms=True)
-        nonfinite.refuse(buckets, self._names)
-        clipping.set_factors(buckets, limit)
-        squares = [bucket.raw_grad_sq for bucket in buckets]
-        for bucket in buckets:
-            assert bucket.clip is not None
-            for entry in bucket.entries:
-                entry.raw_grad.mul_(bucket.clip)
-            bucket.clip = None
-        self._reduce(reducer, buckets)
-        for bucket, square in zip(buckets, squares, strict=True):  # reported is the norm before clipping
-            bucket.sums[:, -1] = square
-
-    def _reduce(self, reducer: Reducer, buckets: list[Bucket], *, only_norms: bool = False) -> None:
-        """Take the partial sums and make them global: once a step on every rank, whatever this rank holds.
-
-        Args:
-            reducer: Makes them global.
-            buckets: The tensors.
-            only_norms: Leave the angles out.
-        """
-        shared = any(bucket.group["scope"] == "model" and bucket.any_active() for bucket in buckets)
-        local = [
-            bucket.take_sums(with_dot=shared and bucket.group["scope"] == "model", only_norms=only_norms)
-            for bucket in buckets
-        ]
-        if isinstance(reducer, LocalReducer):
-            for bucket, sums in zip(buckets, local, strict=True):
-                bucket.set_sums(sums, None)
-            return
-        entries = [entry for bucket in buckets for entry in bucket.entries]
-        device = next((param.device for param in self._params()), torch.device("cpu"))
-        nothing = torch.zeros(0, NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
-        reduced = reducer.reduce(
-            torch.cat([nothing, *(rows.to(device, nothing.dtype) for rows in local)]),
-            [entry.index for entry in entries],
-            present=[entry.owner.grad is not None for entry in entries],
-        )
-        sizes = [len(bucket.entries) for bucket in buckets]
-        marks = [None] * len(buckets) if reduced.present is None else torch.split(reduced.present, sizes)
-        for bucket, sums, mark in zip(buckets, torch.split(reduced.sums, sizes), marks, strict=True):
-            bucket.set_sums(sums.to(bucket.device), None if mark is None else mark.to(bucket.device))
-
-    def _angles(self, buckets: list[Bucket]) -> None:
-        """One step for the tensors on one device: a cosine each, or one for all of scope "model"."""
-        together = [self._model_sums(bucket) for bucket in buckets if bucket.group["scope"] == "model"]
-        shared = update.cosine(*torch.stack(together).sum(0).unbind()) if together else None
-        for bucket in buckets:
-            if shared is not None and bucket.group["scope"] == "model":
-                self._update(bucket, shared.expand(len(bucket.entries)))
-            else:
-                self._update(bucket, update.cosine(*bucket.angle_sums()))
-
-    def _model_sums(self, bucket: Bucket) -> Tensor:
-        """<m, g>, |m|^2 and |g|^2 of all tensors of a bucket together, for the paper's m, shape (3,)."""
-        scale = self._moment_scale(bucket)
-        dot, momentum_sq, grad_sq = bucket.angle_sums()
-        return torch.stack([dot * scale, momentum_sq * scale.square(), grad_sq]).sum(1)
-
     def _init_state(self, param: Tensor, state: dict[str, Any], spans: Sequence[Span] | None) -> None:
-        # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.
         shape = () if spans is None else (len(spans),)
-        for key in self.scalar_states:
-            state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
-        for key in self.moments:
-            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-
-    def _check_devices(self, buckets: list[Bucket]) -> None:
-        shared = {bucket.device for bucket in buckets if bucket.group["scope"] == "model"}
-        if len(shared) > 1:
-            names = ", ".join(sorted(map(str, shared)))
-            raise RuntimeError(
-                f"scope='model' takes one angle over all parameters, which lie on several devices here ({names}); "
-                "use scope='tensor', or put the model on one device"
-            )
+        self.family.complete(state, param, self.param_groups[0], shape=shape)
 
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -328,68 +206,83 @@ class TorqueAware(Optimizer, ABC):
     def _names(self) -> list[str | None]:
         return self._logical.names(self.param_groups)
 
+    def _describe(self, position: int) -> str:
+        """The name of a logical tensor, or which one it is."""
+        return self._names()[position] or f"number {position}"
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """State keys of the moments, which have the parameter's shape and dtype."""
+        return self.family.moments
+
+    @property
+    def scalar_states(self) -> tuple[str, ...]:
+        """State keys that hold one fp32 number a tensor."""
+        return self.family.scalar_states
+
+    @property
+    def coupled(self) -> bool:
+        """Whether weight decay is part of the gradient."""
+        return self.family.coupled
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, or of its torch.optim counterpart. No communication.
 
         torch.optim.AdamW's state (for AdaTAM Adam's, for TAM SGD's) is taken over exactly, with the torque at 0.
-        `foreach`, `fused` and `capturable` stay the constructor's; other hyperparameters are the saved ones, with a
-        warning where that overrides a requested value.
+        `foreach`, `fused`, `capturable` and `max_grad_norm` stay the constructor's; other hyperparameters are the
+        saved ones, with a warning where that overrides a requested value: for what a schedule moves, another one to
+        start from (`initial_lr`). A learning rate that no scheduler has noted is the saved one without a word.
+
+        What else stands in states, groups and beside the parameters is kept, and saved again. Moments are shared with
+        `state_dict` where dtype and device allow, as torch.optim shares them.
 
         Raises:
-            ValueError: Another optimizer's state, AMSGrad's, or tensors of other shapes than the parameters'.
+            ValueError: Another optimizer's state, AMSGrad's, quantised moments, or tensors of other shapes than the
+                parameters'; the message names the parameter.
         """
-        saved: dict[str, Any] = {}
+        loaded: list[checkpoint.Adapted] = []
 
-        def adapt(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            saved.update(checkpoint.adapt(self, loaded))
-            return saved
+        def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.append(checkpoint.adapt(self, saved))
+            return loaded[-1].state_dict
 
         # Hooks, so that the user's own pre-hooks run before ours and the post-hooks after.
         before = self.register_load_state_dict_pre_hook(adapt)
-        after = self.register_load_state_dict_post_hook(
-            lambda _: checkpoint.restore_scalars(self, saved), prepend=True
-        )
+        after = self.register_load_state_dict_post_hook(lambda _: checkpoint.restore(self, loaded[-1]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
         self._just_loaded = True
+        self._telemetry.forget()  # the last step was another run's
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Waits for an accelerator once, to warn of skipped updates. No communication.
 
         With DTensor parameters every parameter has a state, one of zeros where no step was taken yet: a checkpoint
-        that lacks some cannot be loaded by torch.distributed.checkpoint.
+        that lacks some cannot be loaded by torch.distributed.checkpoint. With whole parameters only those that took a
+        step have one, as with torch.optim; DefaultLoadPlanner(allow_partial_load=True) and
+        StateDictOptions(strict=False) load such a checkpoint, exactly, where all are asked for.
         """
         self._telemetry.read_skipped()
-        packed = super().state_dict()
-        if self._logical.is_partitioned(self.param_groups):
-            stepped = [(self.state[buffer], indices) for buffer, indices in self._logical.buffers()]
-            buffers.save_table(packed, stepped, count=len(self._names()), scalar_states=self.scalar_states)
-            return packed
-        return checkpoint.complete(self, packed)
+        # Before the user's own, which may wrap and rename.
+        ours = self.register_state_dict_post_hook(lambda _, packed: checkpoint.finish(self, packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            ours.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy (everything), or from load_state_dict (state and groups)."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch.optim.Optimizer puts there (torch 2.13)
+        for key, value in _ADDED.items():
+            self.defaults.setdefault(key, value)
         if "_logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:
                 self._logical.add_group(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch.optim.Optimizer.__setstate__ puts it in our defaults
-                    group.setdefault(key, value)
-
-    @abstractmethod
-    def _update(self, bucket: Bucket, cosine: Tensor) -> None:
-        """Take the step of one bucket, whose tensors have the cosines `cosine`, shape (n,)."""
-
-    @abstractmethod
-    def _whole_step(self, bucket: Bucket) -> AdamStep | SgdStep:
-        """The hyperparameters of the step of one bucket, for a backend that takes it whole."""
-
-    @abstractmethod
-    def _moment_scale(self, bucket: Bucket) -> Tensor:
-        """The factor that makes the stored first moment the paper's m, shape (n,)."""
+                group.setdefault(key, value)

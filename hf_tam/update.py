@@ -5,18 +5,20 @@ The four lines of the paper (arXiv 2412.18790, section 3), for one angle:
     s_t = <m_{t-1}, g_t> / (|m_{t-1}| |g_t|)          `cosine`
     S_t = gamma S_{t-1} + (1 - gamma) s_t             `torque`
     d_t = (1 + S_t) / 2                               `damping`
-    m_t = beta1 m_{t-1} + (damping_eps + d_t) g_t     `momentum`, or `first_moment` in its normalised form
+    m_t = beta1 m_{t-1} + (damping_eps + d_t) g_t     `adam_step` and `sgd_step`, by the numbers of `scalar_stage`
 
-`cosine`, `torque`, `damping` and the functions that prepare a step work on 1-D tensors with one entry a logical
-parameter tensor (fp64 where the device has it, see `accumulator_dtype`), so that the whole of the scalar arithmetic
-of a step is a handful of operations whatever the number of tensors, and never leaves the device.
+`scalar_stage` is all of a step but its tensors. It works on 1-D tensors with one entry a logical parameter tensor
+(fp64 where the device has it, see `accumulator_dtype`), so that the whole of the scalar arithmetic of a step is a
+handful of operations whatever the number of tensors, and never leaves the device.
 
 Nothing in this module communicates.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +28,6 @@ Scalar = float | Tensor
 """A Python number, or a 0-d tensor on the parameter's device where the host must not read it."""
 
 _WITHOUT_FP64 = frozenset({"mps", "npu"})
-_LOW_PRECISION = frozenset({torch.float16, torch.bfloat16})
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -64,7 +65,7 @@ def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor) -> Tensor:
     return torch.where(quotient.isfinite(), quotient, 0.0).clamp(-1.0, 1.0)
 
 
-def torque(previous: Tensor, cosine: Tensor, *, gamma: float) -> Tensor:
+def torque(previous: Tensor, cosine: Tensor, *, gamma: Scalar) -> Tensor:
     """S_t = gamma S_{t-1} + (1 - gamma) s_t."""
     return gamma * previous + (1.0 - gamma) * cosine
 
@@ -74,32 +75,124 @@ def damping(torque: Tensor) -> Tensor:
     return (1.0 + torque) / 2.0
 
 
-class FirstMoment(NamedTuple):
-    """How the normalised first moment moves in one step, shape (n,) each."""
+class Numbers(NamedTuple):
+    """The hyperparameters of a step, as arithmetic wants them: a float for all tensors, or one a tensor, shape (n,).
 
-    scale: Tensor
-    weight: Tensor
+    Made by `adam_numbers` and `sgd_numbers`. The kernels take the same fields in the same order.
+    """
+
+    lr: Scalar
+    weight_decay: Scalar  # decoupled
+    coupled_decay: Scalar  # this many times the parameter belong to the gradient
+    beta1: Scalar  # or the momentum
+    log_beta1: Scalar  # of the bias correction 1 - beta1^t; -inf: none, as for a beta1 of 0
+    beta2: Scalar
+    log_beta2: Scalar
+    second_weight: Scalar  # 1 - beta2
+    eps: Scalar
+    gamma: Scalar
+    damping_eps: Scalar
+    torque_steps: Scalar  # inf: always
+    unit: Scalar  # what a gradient weighs in the kept moment for each c_t, see `moment_unit`
+    neutral: Scalar  # the c_t that weighs a gradient as AdamW or SGD does
+
+    @property
+    def torque_ends(self) -> bool:
+        """Whether `torque_steps` is finite for any tensor."""
+        return isinstance(self.torque_steps, Tensor) or self.torque_steps != math.inf
+
+    def floats(self) -> list[float]:
+        """The fields of one param group, 0 for a learning rate that the host does not know."""
+        return [0.0 if isinstance(value, Tensor) else value for value in self]
 
 
-def first_moment(scale: Tensor, gain: Tensor, *, beta1: float) -> FirstMoment:
-    """m_t = beta1 m_{t-1} + gain_t g_t, kept as m_t = scale_t * exp_avg_t with an exp_avg that is a weighted mean.
+NEUTRAL = 0.5
+"""c_t at S_t = 0 and damping_eps = 0."""
 
-        scale_t   = beta1 scale_{t-1} + gain_t
-        exp_avg_t = exp_avg_{t-1} + weight_t (g_t - exp_avg_{t-1}),   weight_t = gain_t / scale_t
 
-    which is an ordinary lerp: the same arithmetic as AdamW's own first moment, with another weight for each tensor.
+def moment_unit(beta1: float, *, averaged: bool) -> float:
+    """What the calibrated moment is in units of the paper's m: AdamW's exp_avg = 2 (1 - beta1) m, SGD's buffer = 2 m.
+
+    1 / NEUTRAL times what a gradient weighs in torch's own moment, so that the neutral angle is torch's optimizer.
+    """
+    return (1.0 - beta1 if averaged else 1.0) / NEUTRAL
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0.0 else -math.inf
+
+
+def adam_numbers(
+    *,
+    lr: Scalar,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    coupled: bool,
+    gamma: float,
+    damping_eps: float,
+    torque_steps: int | None,
+    literal: bool,
+) -> Numbers:
+    """The numbers of an adaptive step.
 
     Args:
-        scale: scale_{t-1}, shape (n,); 0 before the first step.
-        gain: The factor on the gradient, shape (n,): c_t (paper) or 2 (1 - beta1) c_t (calibrated).
-        beta1: Decay of the first moment.
-
-    Returns:
-        scale_t and weight_t. Where scale_t is 0 nothing of any gradient is left (beta1 = 0 and an opposed gradient)
-        and the weight is 1, so that the mean is that of the last gradient and never 0/0.
+        lr: Learning rate; a tensor where the host must not read it.
+        betas: Decays of the moments.
+        eps: Term added to the denominator.
+        weight_decay: Weight decay.
+        coupled: Whether it belongs to the gradient.
+        gamma: Smoothing of the torque.
+        damping_eps: Least factor on a gradient.
+        torque_steps: Steps in which the torque acts; None: all.
+        literal: Whether the paper's recurrence is taken literally: no average, no bias correction.
     """
-    scale = beta1 * scale + gain
-    return FirstMoment(scale, torch.where(scale > 0.0, gain / scale, 1.0))
+    beta1, beta2 = betas
+    return Numbers(
+        lr=lr,
+        weight_decay=0.0 if coupled else weight_decay,
+        coupled_decay=weight_decay if coupled else 0.0,
+        beta1=beta1,
+        log_beta1=-math.inf if literal else _log(beta1),
+        beta2=beta2,
+        log_beta2=-math.inf if literal else _log(beta2),
+        second_weight=1.0 - beta2,
+        eps=eps,
+        gamma=gamma,
+        damping_eps=damping_eps,
+        torque_steps=math.inf if torque_steps is None else float(torque_steps),
+        unit=1.0 if literal else moment_unit(beta1, averaged=True),
+        neutral=1.0 if literal else NEUTRAL,
+    )
+
+
+def sgd_numbers(
+    *,
+    lr: Scalar,
+    momentum: float,
+    weight_decay: float,
+    gamma: float,
+    damping_eps: float,
+    torque_steps: int | None,
+    literal: bool,
+) -> Numbers:
+    """The numbers of a momentum step, whose decay is coupled; see `adam_numbers`."""
+    return Numbers(
+        lr=lr,
+        weight_decay=0.0,
+        coupled_decay=weight_decay,
+        beta1=momentum,
+        log_beta1=-math.inf,
+        beta2=0.0,
+        log_beta2=-math.inf,
+        second_weight=0.0,
+        eps=0.0,
+        gamma=gamma,
+        damping_eps=damping_eps,
+        torque_steps=math.inf if torque_steps is None else float(torque_steps),
+        unit=1.0 if literal else moment_unit(momentum, averaged=False),
+        neutral=1.0 if literal else NEUTRAL,
+    )
 
 
 class AdamCoefficients(NamedTuple):
@@ -113,11 +206,6 @@ class AdamCoefficients(NamedTuple):
     eps: Tensor
 
 
-def _one_minus_power(beta: float, step: Tensor) -> Tensor:
-    """1 - beta^t, without the cancellation that would cost fp32 accumulators five digits at the first steps."""
-    return -torch.expm1(step * math.log(beta)) if beta > 0.0 else torch.ones_like(step)
-
-
 class SgdCoefficients(NamedTuple):
     """The numbers one momentum step needs for each tensor; see `sgd_step`. Shape (n,) each."""
 
@@ -126,45 +214,102 @@ class SgdCoefficients(NamedTuple):
     step_size: Tensor
 
 
-def adam_coefficients(
-    step: Tensor,
-    moment: FirstMoment,
-    *,
-    lr: Scalar,
-    betas: tuple[float, float],
-    eps: float,
-    decay: Scalar,
-    corrected: bool,
-) -> AdamCoefficients:
-    """Fold learning rate, bias correction and the scale of the first moment into one step size a tensor.
+Coefficients = AdamCoefficients | SgdCoefficients
 
-    With `corrected` (calibrated, design of torch.optim.AdamW):
+
+class Stage(NamedTuple):
+    """What `scalar_stage` finds, shape (n,) each.
+
+    Attributes:
+        states: The new scalar states by name.
+        coefficients: What the tensors are updated with.
+        cosine: s_t.
+        damping: The damping applied.
+        factor: c_t, the factor on the gradient.
+    """
+
+    states: dict[str, Tensor]
+    coefficients: Coefficients
+    cosine: Tensor
+    damping: Tensor
+    factor: Tensor
+
+
+def scalar_stage(
+    sums: Sequence[Tensor], states: Mapping[str, Tensor], numbers: Numbers, *, shared: bool = False
+) -> Stage:
+    """All of a step but its tensors: from the sums to the torque, and from there to the coefficients of the update.
+
+    The kernels have dialects of this function, of the same name: native/scalar_stage.h, triton/scalar_stage.py.
+
+    The first moment of the adaptive optimizers is kept normalised, m_t = scale_t exp_avg_t, with an exp_avg that is a
+    weighted mean, so that it moves by an ordinary lerp as AdamW's own does, with another weight for each tensor:
+
+        scale_t   = beta1 scale_{t-1} + gain_t,   gain_t = unit c_t
+        exp_avg_t = exp_avg_{t-1} + weight_t (g_t - exp_avg_{t-1}),   weight_t = gain_t / scale_t
+
+    Learning rate, scale and bias correction are one step size:
 
         lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
             = lr scale sqrt(1 - beta2^t) / (1 - beta1^t)  *  exp_avg / (sqrt(v) + eps sqrt(1 - beta2^t))
 
-    Without it (the paper's recurrence): lr m / (sqrt(v) + eps).
+    Args:
+        sums: <m_{t-1}, g_t>, |m_{t-1}|^2 and |g_t|^2, shape (n,) each; m in any scale, the same in both.
+        states: `step` and `torque` before this step, and `exp_avg_scale` of an adaptive optimizer.
+        numbers: The hyperparameters.
+        shared: Whether the sums are those of one angle for all tensors, see `shared_sums`.
+    """
+    step, previous, scale = states["step"], states["torque"], states.get("exp_avg_scale")
+    angle = cosine(*(sums if shared or scale is None else _of_a_moment(sums, scale)))
+    turned = torque(previous, angle, gamma=numbers.gamma)
+    applied = damping(turned)
+    factor = numbers.damping_eps + applied
+    if numbers.torque_ends:
+        active = step < numbers.torque_steps
+        turned = torch.where(active, turned, previous)
+        applied = torch.where(active, applied, numbers.neutral)
+        factor = torch.where(active, factor, numbers.neutral)
+    gain, ones, step = numbers.unit * factor, torch.ones_like(step), step + 1.0
+    if scale is None:
+        coefficients = SgdCoefficients(momentum=ones * numbers.beta1, gain=gain, step_size=ones * numbers.lr)
+        return Stage({"step": step, "torque": turned}, coefficients, angle, applied, factor)
+    scale = numbers.beta1 * scale + gain
+    root = torch.sqrt(_one_minus_power(numbers.log_beta2, step))
+    adam = AdamCoefficients(
+        decay=ones * (1.0 - numbers.lr * numbers.weight_decay),
+        # Where the scale is 0 nothing of any gradient is left (beta1 = 0 and an opposed gradient): with a weight of 1
+        # the mean is that of the last gradient, and never 0/0.
+        first_weight=torch.where(scale > 0.0, gain / scale, 1.0),
+        second_decay=ones * numbers.beta2,
+        second_weight=ones * numbers.second_weight,
+        step_size=numbers.lr * scale * root / _one_minus_power(numbers.log_beta1, step),
+        eps=numbers.eps * root,
+    )
+    return Stage({"step": step, "exp_avg_scale": scale, "torque": turned}, adam, angle, applied, factor)
+
+
+def shared_sums(sums: Sequence[Tensor], scale: Tensor | None, numbers: Numbers) -> Tensor:
+    """<m, g>, |m|^2 and |g|^2 of n tensors together, for the paper's m, so that others' can be added: shape (3,).
 
     Args:
-        step: t, counted from 1, shape (n,).
-        moment: The first moment of this step.
-        lr: Learning rate.
-        betas: Decays of the first and second moment.
-        eps: Term added to the denominator.
-        decay: Factor on the parameter, 1 - lr * weight_decay (1 where the decay is coupled or absent).
-        corrected: Whether both moments are bias-corrected.
+        sums: As in `scalar_stage`.
+        scale: The state `exp_avg_scale`, None where the moment is not kept normalised.
+        numbers: The hyperparameters.
     """
-    beta1, beta2 = betas
-    ones = torch.ones_like(step)
-    root = torch.sqrt(_one_minus_power(beta2, step)) if corrected else ones
-    return AdamCoefficients(
-        decay=ones * decay,
-        first_weight=moment.weight,
-        second_decay=ones * beta2,
-        second_weight=ones * (1.0 - beta2),
-        step_size=lr * moment.scale * root / _one_minus_power(beta1, step) if corrected else lr * moment.scale,
-        eps=eps * root,
-    )
+    dot, momentum_sq, grad_sq = sums
+    factor = (torch.ones_like(dot) if scale is None else scale) / numbers.unit
+    return torch.stack([dot * factor, momentum_sq * factor.square(), grad_sq]).sum(1)
+
+
+def _of_a_moment(sums: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
+    """A moment whose scale is 0 is no moment, whatever is stored: it has no angle."""
+    dot, momentum_sq, grad_sq = sums
+    return torch.where(scale > 0.0, dot, 0.0), momentum_sq, grad_sq
+
+
+def _one_minus_power(log_beta: Scalar, step: Tensor) -> Tensor:
+    """1 - beta^t, without the cancellation that would cost fp32 accumulators five digits at the first steps."""
+    return -torch.expm1(step * log_beta)
 
 
 def adam_step(
@@ -182,20 +327,23 @@ def adam_step(
 ) -> None:
     """One adaptive step of one tensor: changes `param`, `exp_avg` and `exp_avg_sq` in place.
 
-    All four tensors have the same shape and any strides. fp16 and bf16 are computed in fp32 and rounded once.
+    All four tensors have the same shape and any strides. Computed in the widest of their dtypes, fp32 at least, and
+    rounded once.
     """
-    if param.dtype in _LOW_PRECISION:
-        stored = (param, exp_avg, exp_avg_sq)
-        work = [tensor.float() for tensor in stored]
+    stored = (param, exp_avg, exp_avg_sq)
+    dtype = _working_dtype(*stored, grad)
+    if any(tensor.dtype != dtype for tensor in (*stored, grad)):
+        work = [tensor.to(dtype) for tensor in stored]
         adam_step(
-            work[0], grad.float(), work[1], work[2], decay=decay, first_weight=first_weight,
+            work[0], grad.to(dtype), work[1], work[2], decay=decay, first_weight=first_weight,
             second_decay=second_decay, second_weight=second_weight, step_size=step_size, eps=eps,
         )  # fmt: skip
         for tensor, result in zip(stored, work, strict=True):
             tensor.copy_(result)
         return
     param.mul_(decay)
-    exp_avg.lerp_(grad, first_weight)
+    # torch.lerp takes a tensor weight only in the dtype of its operands
+    exp_avg.lerp_(grad, first_weight.to(dtype) if isinstance(first_weight, Tensor) else first_weight)
     exp_avg_sq.mul_(second_decay).add_(grad * second_weight * grad)
     param.sub_(exp_avg / (exp_avg_sq.sqrt() + eps) * step_size)
 
@@ -205,13 +353,20 @@ def sgd_step(
 ) -> None:
     """One momentum step of one tensor: m_t = momentum m_{t-1} + gain g_t, then param -= step_size m_t, in place.
 
-    The three tensors have the same shape and any strides. fp16 and bf16 are computed in fp32 and rounded once.
+    The three tensors have the same shape and any strides. Computed in the widest of their dtypes, fp32 at least, and
+    rounded once.
     """
-    if param.dtype in _LOW_PRECISION:
-        work = [tensor.float() for tensor in (param, momentum_buffer)]
-        sgd_step(work[0], grad.float(), work[1], momentum=momentum, gain=gain, step_size=step_size)
+    dtype = _working_dtype(param, momentum_buffer, grad)
+    if any(tensor.dtype != dtype for tensor in (param, momentum_buffer, grad)):
+        work = [tensor.to(dtype) for tensor in (param, momentum_buffer)]
+        sgd_step(work[0], grad.to(dtype), work[1], momentum=momentum, gain=gain, step_size=step_size)
         param.copy_(work[0])
         momentum_buffer.copy_(work[1])
         return
     momentum_buffer.mul_(momentum).add_(grad * gain)
     param.sub_(momentum_buffer * step_size)
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest of their dtypes, and fp32 at least."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)

@@ -165,7 +165,6 @@ def test_a_state_of_another_memory_layout(name, backend):
 # --- hyperparameters -----------------------------------------------------------------------------------------------
 
 CHANGED = [
-    ("lr", 1e-3, 5e-4),
     ("weight_decay", 0.1, 0.0),
     ("gamma", 0.9, 0.5),
     ("damping_eps", 1e-8, 0.1),

@@ -137,13 +137,13 @@ def test_fused_kernel_ran(fused_calls, name, scope, backend, runs, monkeypatch):
 )
 def test_native_kernel_ran(name, dtype, options, functions, monkeypatch):
     """Of every element: the whole step in one call, or the sums in one and the update in another."""
-    calls, original = [], native._Table.call
+    calls, original = [], native._call
 
-    def counted(table, function, *arguments):
-        calls.append((function, sum(table._rows[0::9])))
-        return original(table, function, *arguments)
+    def counted(function, rows, *arguments):
+        calls.append((function, sum(rows[0 :: native._FIELDS])))
+        return original(function, rows, *arguments)
 
-    monkeypatch.setattr(native._Table, "call", counted)
+    monkeypatch.setattr(native, "_call", counted)
     parameters = [torch.nn.Parameter(parameter.to(dtype)) for parameter in _parameters()]
     decay = 0.0 if "max_grad_norm" in options else 0.1  # else it takes the norms first, where it is coupled
     optimizer = getattr(hf_tam, name)(parameters, weight_decay=decay, **options)

@@ -148,13 +148,19 @@ def test_gradients_are_free_after_the_step(options):
     assert [reference() for reference in (*gone, *memory)] == [None] * 2 * len(SHAPES)
 
 
-def test_kept_entries_are_the_same_objects():
+def test_what_is_known_of_tensors_is_kept():
     """Otherwise the tests above would test nothing."""
     parameters, optimizer = training()
-    known = optimizer._gatherer._known[0]
+
+    def known():
+        ((memory, addresses),) = optimizer._pipeline._gatherer._known.values()
+        return memory, addresses, memory.kept.get("native")
+
+    before = known()
     give_gradients(parameters, torch.Generator().manual_seed(1))
     optimizer.step()
-    assert optimizer._gatherer._known[0] is known
-    optimizer.param_groups[0]["weight_decay"] = 0.2
+    assert all(new is old for new, old in zip(known()[::2], before[::2], strict=True))
+    assert known()[1] == before[1]
+    optimizer.state[parameters[0]]["exp_avg"] = optimizer.state[parameters[0]]["exp_avg"].clone()
     optimizer.step()
-    assert optimizer._gatherer._known[0] is not known
+    assert known()[0] is not before[0]

@@ -16,52 +16,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from hf_tam.backends.entry import Entry, EntryList, StepScalars
-from hf_tam.backends.whole import AdamStep, SgdStep, StepReport
-from hf_tam.update import Scalar, accumulator_dtype
+from hf_tam.backends.protocol import NUM_SUMS, Backend, Report
+from hf_tam.backends.tensors import Tensors
+from hf_tam.update import accumulator_dtype
 
-__all__ = ["NUM_SUMS", "Backend", "Entry", "EntryList", "Scalar", "StepScalars", "select_backend"]
-
-NUM_SUMS = 4
-"""Columns of the partial sums: <m, g>, |m|^2, |g|^2 and the raw |g|^2."""
-
-
-class Backend(Protocol):
-    """What the optimizers need of a backend."""
-
-    def partial_sums(self, entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
-        """The rows <m, g>, |m|^2, |g|^2 and raw |g|^2 of each entry.
-
-        Returns:
-            Shape (len(entries), 4), `accumulator_dtype`. Where `with_dot` is False the first two columns are 0.
-        """
-
-    def adam(self, entries: Sequence[Entry], scalars: StepScalars) -> None:
-        """`update.adam_step` for every entry."""
-
-    def sgd(self, entries: Sequence[Entry], scalars: StepScalars) -> None:
-        """`update.sgd_step` for every entry."""
-
-    def whole_step(
-        self, entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
-    ) -> StepReport | None:
-        """Take the whole step where no tensor waits for another: sums, angles and update, tensor by tensor.
-
-        Args:
-            entries: n tensors on one device.
-            scalars: Their scalar states as they lie in the optimizer's state, fp32, one row a state; written to.
-            step: The hyperparameters.
-            skipped: 0-d int64; the number of tensors left out because of `nonfinite="skip"` is added to it.
-
-        Returns:
-            What was seen, or None, with nothing done, where the backend cannot take the step of all these tensors.
-        """
+__all__ = ["NUM_SUMS", "Backend", "Report", "Tensors", "select_backend"]
 
 
 def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | None, on_host: bool) -> Backend:

@@ -1,6 +1,6 @@
 """The CPU backend: torch's vectorised fused kernels, one call a tensor, and sums in chunks that stay in the cache.
 
-The normalised first moment moves by a plain lerp (`update.first_moment`), which is what torch's fused AdamW kernel
+The normalised first moment moves by a plain lerp (`update.scalar_stage`), which is what torch's fused AdamW kernel
 computes with beta1 = 1 - weight. The learning rate handed over is the step size, which already holds both bias
 corrections; the kernel's own are made 1 by a step count of infinity (beta^inf = 0).
 
@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
-from hf_tam.backends.entry import Entry, Layout, StepScalars
-from hf_tam.backends.whole import no_whole_step as whole_step
-from hf_tam.update import accumulator_dtype
+from hf_tam.backends.single import whole_step
+from hf_tam.backends.tensors import Tensors, is_dense
+from hf_tam.update import AdamCoefficients, Coefficients, Scalar
 
-__all__ = ["adam", "fits_kernel", "is_dense", "layout_of", "partial_sums", "sgd", "whole_step"]
+__all__ = ["partial_sums", "update", "whole_step"]
 
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and
@@ -38,30 +37,26 @@ _SAFE_SQUARES = (1e-24, 1e36)
 """Sums of fp32 squares outside this range are taken again in fp64: they may have lost, or overflowed, a term."""
 
 
-def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
+def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
     """See `Backend.partial_sums`."""
-    rows = [_tensor_sums(entry, dot) for entry, dot in zip(entries, with_dot, strict=True)]
-    return torch.tensor(rows, dtype=accumulator_dtype(torch.device("cpu"))).reshape(len(rows), 4)
+    rows = [_sums(tensors, at, dot) for at, dot in enumerate(with_dot)]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(len(rows), 4)
 
 
-def _tensor_sums(entry: Entry, with_dot: bool) -> list[float]:
-    raw = entry.raw_grad
+def _sums(tensors: Tensors, at: int, with_dot: bool) -> list[float]:
+    raw = tensors.grads[at]
     if not with_dot:
         raw_sq = _square(raw)
         return [0.0, 0.0, raw_sq, raw_sq]
-    grad = entry.grad()
-    dot, momentum_sq, grad_sq = _products(entry, grad)
+    grad = tensors.grad(at)
+    dot, momentum_sq, grad_sq = _products(tensors.firsts[at], grad)
     return [dot, momentum_sq, grad_sq, grad_sq if grad is raw else _square(raw)]
 
 
-def _products(entry: Entry, grad: Tensor) -> tuple[float, float, float]:
+def _products(first: Tensor, grad: Tensor) -> tuple[float, float, float]:
     """<m, g>, |m|^2 and |g|^2 of the first moment and a gradient, in one walk over memory."""
-    layout, first = layout_of(entry), entry.first
-    if layout.chunks is None:
-        layout.chunks = _chunks(first) if is_dense(first) else ()
-    chunks = layout.chunks
-    if chunks and grad.stride() == first.stride():
-        pairs = list(zip(chunks, _chunks(grad), strict=True))
+    if is_dense(first) and grad.stride() == first.stride():
+        pairs = list(zip(_chunks(first), _chunks(grad), strict=True))
     else:
         pairs = list(zip(torch.split(first.reshape(-1), CHUNK), torch.split(grad.reshape(-1), CHUNK), strict=True))
     dtype = torch.promote_types(first.dtype, torch.float32)
@@ -104,88 +99,68 @@ def _chunks(dense: Tensor) -> Sequence[Tensor]:
     return (flat,) if count <= CHUNK else torch.split(flat, CHUNK)
 
 
-def layout_of(entry: Entry) -> Layout:
-    """How the parameter and its moments lie in memory; found out once for as long as they stay there."""
-    layout, param, first, second = entry.layout, entry.param, entry.first, entry.second
-    addresses = (param.data_ptr(), first.data_ptr(), 0 if second is None else second.data_ptr())
-    if layout is None or layout.addresses != addresses:
-        moments = [first] if second is None else [first, second]
-        same = all(moment.dtype == param.dtype and moment.stride() == param.stride() for moment in moments)
-        fits = same and type(param) in (Tensor, torch.nn.Parameter) and is_dense(param)
-        layout = entry.layout = Layout(fits, addresses)
-    return layout
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def fits_kernel(entry: Entry, grad: Tensor, *, dtypes: Container[torch.dtype]) -> bool:
-    """Whether raw pointers lead a kernel for `dtypes` to the right elements of parameter, gradient and moments."""
-    param = entry.param
-    return (
-        layout_of(entry).is_uniform
-        and param.dtype in dtypes
-        and grad.dtype == param.dtype
-        and grad.stride() == param.stride()
-    )
-
-
-def _aligned_grad(entry: Entry) -> Tensor:
-    """The entry's gradient in the parameter's memory order; a copy only where it came in another."""
-    grad = entry.grad()
-    if grad.stride() == entry.param.stride() or not layout_of(entry).is_uniform:
-        return grad
-    return torch.empty_like(entry.param, dtype=grad.dtype).copy_(grad)
-
-
-def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
-    """See `Backend.adam`."""
-    neutral_step = torch.tensor(math.inf)
-    grad_scale = None if scalars.clip is None else _grad_scale(cast("float", scalars.clip))
-    for position, entry in enumerate(entries):
-        row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
-        beta1, step_size = 1.0 - row["first_weight"], row["step_size"]
-        # A weight or step size of 0 leaves the kernel a 0/0 (decay / step_size, 1 - beta1^inf).
-        if beta1 == 1.0 or step_size == 0.0 or not fits_kernel(entry, grad, dtypes=_ADAM_DTYPES):
-            single.adam_tensor(entry, scalars.clipped(grad), scalars.row(position))
-            continue
-        assert entry.second is not None
-        torch._fused_adamw_(
-            [entry.param], [grad], [entry.first], [entry.second], [], [neutral_step],
-            amsgrad=False, maximize=False, lr=step_size, beta1=beta1, beta2=row["second_decay"],
-            weight_decay=(1.0 - row["decay"]) / step_size, eps=row["eps"], grad_scale=grad_scale,
-        )  # fmt: skip
-        increment_version(entry.param)
+def update(
+    tensors: Tensors, coefficients: Coefficients, *, keep: Tensor | None, clip: Scalar | None, on_host: bool
+) -> None:
+    """See `Backend.update`; always on the host."""
+    assert on_host
+    assert keep is None
+    assert not isinstance(clip, Tensor)
+    columns = single.columns_of(coefficients, on_host=True)
+    kernel = _fused_adam if isinstance(coefficients, AdamCoefficients) else _fused_sgd
+    grad_scale = None if clip is None else _grad_scale(clip)
+    for at, param in enumerate(tensors.params):
+        row = {name: float(column[at]) for name, column in columns.items()}
+        if kernel(tensors, at, row, grad_scale):
+            increment_version(param)
+        else:
+            single.update_tensor(tensors, at, single.gradient(tensors, at, keep=None, clip=clip), row)
 
 
 def _grad_scale(clip: float) -> Tensor:
     """What torch's kernels divide the gradients by."""
-    return torch.tensor(1.0 / clip if clip else math.inf)
+    return torch.tensor(1.0 / clip if clip else math.inf, dtype=torch.float32, device="cpu")
 
 
-def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
-    """See `Backend.sgd`."""
-    grad_scale = None if scalars.clip is None else _grad_scale(cast("float", scalars.clip))
-    for position, entry in enumerate(entries):
-        row, grad = cast("dict[str, float]", scalars.row(position)), _aligned_grad(entry)
-        # Without momentum the kernel leaves the buffer, and with it the gain, aside.
-        if row["momentum"] == 0.0 or not fits_kernel(entry, grad, dtypes=_SGD_DTYPES):
-            single.sgd_tensor(entry, scalars.clipped(grad), scalars.row(position))
-            continue
-        torch._fused_sgd_(
-            [entry.param], [grad], [entry.first],
-            weight_decay=0.0, momentum=row["momentum"], lr=row["step_size"], dampening=1.0 - row["gain"],
-            nesterov=False, maximize=False, is_first_step=False, grad_scale=grad_scale,
-        )  # fmt: skip
-        increment_version(entry.param)
+def _fused_adam(tensors: Tensors, at: int, row: dict[str, float], grad_scale: Tensor | None) -> bool:
+    """Update one tensor by torch's kernel; False, with nothing done, where it cannot."""
+    beta1, step_size = 1.0 - row["first_weight"], row["step_size"]
+    # A weight or step size of 0 leaves the kernel a 0/0 (decay / step_size, 1 - beta1^inf).
+    grad = None if beta1 == 1.0 or step_size == 0.0 else _kernels_grad(tensors, at, dtypes=_ADAM_DTYPES)
+    if grad is None:
+        return False
+    torch._fused_adamw_(
+        [tensors.params[at]], [grad], [tensors.firsts[at]], [tensors.seconds[at]], [],
+        [torch.tensor(math.inf, dtype=torch.float32, device="cpu")],
+        amsgrad=False, maximize=False, lr=step_size, beta1=beta1, beta2=row["second_decay"],
+        weight_decay=(1.0 - row["decay"]) / step_size, eps=row["eps"], grad_scale=grad_scale,
+    )  # fmt: skip
+    return True
+
+
+def _fused_sgd(tensors: Tensors, at: int, row: dict[str, float], grad_scale: Tensor | None) -> bool:
+    """As `_fused_adam`."""
+    # Without momentum the kernel leaves the buffer, and with it the gain, aside.
+    grad = None if row["momentum"] == 0.0 else _kernels_grad(tensors, at, dtypes=_SGD_DTYPES)
+    if grad is None:
+        return False
+    torch._fused_sgd_(
+        [tensors.params[at]], [grad], [tensors.firsts[at]],
+        weight_decay=0.0, momentum=row["momentum"], lr=row["step_size"], dampening=1.0 - row["gain"],
+        nesterov=False, maximize=False, is_first_step=False, grad_scale=grad_scale,
+    )  # fmt: skip
+    return True
+
+
+def _kernels_grad(tensors: Tensors, at: int, *, dtypes: Container[torch.dtype]) -> Tensor | None:
+    """The gradient in its parameter's memory order, a copy only where it came in another.
+
+    None where raw pointers would not lead a kernel for `dtypes` to the right elements.
+    """
+    param = tensors.params[at]
+    if not tensors.memory.walkable[at] or param.dtype not in dtypes:
+        return None
+    grad = tensors.grad(at)
+    if grad.dtype != param.dtype:
+        return None
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

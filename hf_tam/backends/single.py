@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_tam import update
-from hf_tam.backends.entry import Entry, StepScalars
-from hf_tam.backends.whole import no_whole_step as whole_step
-from hf_tam.update import Scalar
+from hf_tam import update as formulas
+from hf_tam.backends.protocol import Report
+from hf_tam.backends.tensors import Tensors
+from hf_tam.update import Coefficients, Scalar
 
-__all__ = ["adam", "adam_tensor", "partial_sums", "sgd", "sgd_tensor", "whole_step"]
+__all__ = ["columns_of", "gradient", "partial_sums", "update", "update_tensor", "whole_step"]
 
 
-def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
+def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
     """See `Backend.partial_sums`."""
-    return torch.stack([_tensor_sums(entry, dot) for entry, dot in zip(entries, with_dot, strict=True)])
+    return torch.stack([_sums(tensors, at, dot) for at, dot in enumerate(with_dot)])
 
 
-def _tensor_sums(entry: Entry, with_dot: bool) -> Tensor:
-    dtype = update.accumulator_dtype(entry.param.device)
+def _sums(tensors: Tensors, at: int, with_dot: bool) -> Tensor:
+    raw = tensors.grads[at]
+    dtype = formulas.accumulator_dtype(raw.device)
     if not with_dot:
-        raw_sq = entry.raw_grad.to(dtype).square().sum()
+        raw_sq = raw.to(dtype).square().sum()
         return torch.stack([torch.zeros_like(raw_sq)] * 2 + [raw_sq, raw_sq])
-    sums = update.partial_sums(entry.first, entry.grad())
-    raw_sq = sums[2] if entry.has_raw_grad else entry.raw_grad.to(dtype).square().sum()
+    sums = formulas.partial_sums(tensors.firsts[at], tensors.grad(at))
+    raw_sq = sums[2] if tensors.has_raw_grad(at) else raw.to(dtype).square().sum()
     return torch.cat([sums, raw_sq.reshape(1)])
 
 
-def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
-    """See `Backend.adam`."""
-    for position, entry in enumerate(entries):
-        adam_tensor(entry, scalars.grad(entry, position), scalars.row(position))
+def update(
+    tensors: Tensors, coefficients: Coefficients, *, keep: Tensor | None, clip: Scalar | None, on_host: bool
+) -> None:
+    """See `Backend.update`."""
+    columns = columns_of(coefficients, on_host=on_host)
+    for at in range(len(tensors)):
+        row = {name: column[at] for name, column in columns.items()}
+        update_tensor(tensors, at, gradient(tensors, at, keep=keep, clip=clip), row)
 
 
-def adam_tensor(entry: Entry, grad: Tensor, row: dict[str, Scalar]) -> None:
-    """One adaptive step of one entry."""
-    assert entry.second is not None
-    update.adam_step(entry.param, grad, entry.first, entry.second, **_with_lerp_weight(entry, row))
+def update_tensor(tensors: Tensors, at: int, grad: Tensor, row: Mapping[str, Scalar]) -> None:
+    """Update one of the tensors by its row of the coefficients."""
+    if tensors.seconds:
+        formulas.adam_step(tensors.params[at], grad, tensors.firsts[at], tensors.seconds[at], **row)
+    else:
+        formulas.sgd_step(tensors.params[at], grad, tensors.firsts[at], **row)
 
 
-def _with_lerp_weight(entry: Entry, row: dict[str, Scalar]) -> dict[str, Any]:
-    # torch.lerp takes a tensor weight only in the dtype of its operands; fp16 and bf16 are computed in fp32.
-    dtype = torch.promote_types(entry.param.dtype, torch.float32)
-    weight = row["first_weight"]
-    return {**row, "first_weight": weight.to(dtype) if isinstance(weight, Tensor) else weight}
+def columns_of(coefficients: Coefficients, *, on_host: bool) -> Mapping[str, Sequence[Scalar]]:
+    """For each coefficient its values: Python floats on the host, 0-d tensors elsewhere."""
+    if on_host:
+        return dict(zip(coefficients._fields, torch.stack(list(coefficients)).tolist(), strict=True))
+    return {name: column.unbind() for name, column in coefficients._asdict().items()}
 
 
-def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
-    """See `Backend.sgd`."""
-    for position, entry in enumerate(entries):
-        sgd_tensor(entry, scalars.grad(entry, position), scalars.row(position))
+def gradient(tensors: Tensors, at: int, *, keep: Tensor | None, clip: Scalar | None) -> Tensor:
+    """The gradient of a tensor, clipped in fp32 at least; zero where the step is skipped.
+
+    0 * NaN is NaN, so that a weight of 0 is not enough.
+    """
+    grad = tensors.grad(at)
+    if clip is not None:
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        grad = grad * (clip.to(grad.dtype) if isinstance(clip, Tensor) else clip)
+    return grad if keep is None else torch.where(keep[at], grad, 0.0)
 
 
-def sgd_tensor(entry: Entry, grad: Tensor, row: dict[str, Scalar]) -> None:
-    """One momentum step of one entry."""
-    update.sgd_step(entry.param, grad, entry.first, **row)
+def whole_step(
+    tensors: Tensors, scalars: Tensor, *, adaptive: bool, skip_nonfinite: bool, skipped: Tensor
+) -> Report | None:
+    """None: every step is taken in parts."""
+    return None

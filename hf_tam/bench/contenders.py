@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hf_tam.optim import TAM, AdaTAM, AdaTAMW
 
-__all__ = ["CONTENDERS", "MAX_GRAD_NORM", "Contender", "is_installed"]
+__all__ = ["CONTENDERS", "MAX_GRAD_NORM", "Contender", "is_installed", "layerwise"]
 
 MAX_GRAD_NORM = 1.0
 """The Trainer's default. How small it is does not matter here: torch multiplies by the factor even where it is 1."""
@@ -29,7 +29,7 @@ class Contender:
     """An optimizer of the comparison.
 
     Attributes:
-        make: Builds it for parameters; ours take max_grad_norm too.
+        make: Builds it for parameters, or for param groups; ours take max_grad_norm too.
         what: For --help.
         baseline: The contender it is compared with, unless --against names another.
         clips: Whether it clips inside the step; otherwise torch's clip_grad_norm_ is called before.
@@ -60,21 +60,31 @@ def is_installed(contender: Contender) -> bool:
     return contender.package is None or importlib.util.find_spec(contender.package) is not None
 
 
-def _adamw(params: list[Tensor], **options: Any) -> Optimizer:
+Handed = list[Tensor] | list[dict[str, Any]]
+"""Parameters, or param groups."""
+
+
+def layerwise(params: list[Tensor]) -> list[dict[str, Any]]:
+    """A param group for each parameter, with a learning rate of its own."""
+    return [{"params": [param], "lr": _LR * (1.0 + at / len(params))} for at, param in enumerate(params)]
+
+
+def _adamw(params: Handed, **options: Any) -> Optimizer:
     return torch.optim.AdamW(params, lr=_LR, **options)
 
 
-def _sgd(params: list[Tensor]) -> Optimizer:
+def _sgd(params: Handed) -> Optimizer:
     # torch 2.13's fused SGD is wrong on the CPU in 16 bits, so nobody can train with it.
-    is_right = params[0].device.type != "cpu" or params[0].dtype == torch.float32
+    first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
+    is_right = first.device.type != "cpu" or first.dtype == torch.float32
     return torch.optim.SGD(params, lr=_LR, momentum=0.9, fused=is_right or None)
 
 
-def _ours(cls: Callable[..., Optimizer], params: list[Tensor], **options: Any) -> Optimizer:
+def _ours(cls: Callable[..., Optimizer], params: Handed, **options: Any) -> Optimizer:
     return cls(params, lr=_LR, **options)
 
 
-def _foreign(module: str, name: str, params: list[Tensor]) -> Optimizer:
+def _foreign(module: str, name: str, params: Handed) -> Optimizer:
     optimizer: Optimizer = getattr(importlib.import_module(module), name)(params, lr=_LR)
     return optimizer
 

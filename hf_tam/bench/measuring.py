@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_tam.bench.contenders import CONTENDERS, MAX_GRAD_NORM, Contender
+from hf_tam.bench.contenders import CONTENDERS, MAX_GRAD_NORM, Contender, layerwise
 from hf_tam.bench.statistics import pair_ratio
 from hf_tam.bench.workloads import Workload
 
@@ -40,6 +40,7 @@ class Settings:
         processes: Over which parameters are sharded; 1: no sharding.
         rounds: Timed pairs for each contender.
         clip: Whether gradients are clipped, by the optimizer or by torch before it.
+        fresh: In how many processes, started one after the other, everything is measured again.
     """
 
     optimizers: tuple[str, ...]
@@ -49,6 +50,7 @@ class Settings:
     processes: int
     rounds: int
     clip: bool
+    fresh: int = 1
 
     def pairs(self) -> list[tuple[str, str]]:
         """Contenders with their baselines."""
@@ -171,11 +173,11 @@ class _Runner:
     temporaries: dict[str, int]
 
     @classmethod
-    def warm_up(cls, stand: Stand, contender: Contender, *, clip: bool) -> _Runner:
+    def warm_up(cls, stand: Stand, contender: Contender, *, clip: bool, grouped: bool) -> _Runner:
         """Build it, create its states, and look at what a step allocates."""
         inside = clip and contender.clips
         options = {"max_grad_norm": MAX_GRAD_NORM} if inside else {}
-        optimizer = contender.make(stand.params, **options)
+        optimizer = contender.make(layerwise(stand.params) if grouped else stand.params, **options)
         runner = cls(contender, optimizer, clip and not inside, {})
         for _ in range(_WARM_UP_STEPS):
             runner.time(stand)
@@ -201,7 +203,7 @@ def measure(stand: Stand, workload: Workload, settings: Settings) -> dict[str, A
     Returns:
         Plain data for the JSON file: `copy_bytes_per_second`, `rows` and `left_out`.
     """
-    runners, left_out = _prepare(stand, settings)
+    runners, left_out = _prepare(stand, settings, grouped=workload.grouped)
     pairs = [(name, baseline) for name, baseline in settings.pairs() if {name, baseline} <= runners.keys()]
     copies = [stand.time_copy()]
     seconds = _in_turns(pairs, settings.rounds, lambda name: runners[name].time(stand))
@@ -241,11 +243,11 @@ def _in_turns(
     return seconds
 
 
-def _prepare(stand: Stand, settings: Settings) -> tuple[dict[str, _Runner], dict[str, str]]:
+def _prepare(stand: Stand, settings: Settings, *, grouped: bool) -> tuple[dict[str, _Runner], dict[str, str]]:
     runners, left_out = {}, {}
     for name in dict.fromkeys(name for pair in settings.pairs() for name in reversed(pair)):
         try:
-            runners[name] = _Runner.warm_up(stand, CONTENDERS[name], clip=settings.clip)
+            runners[name] = _Runner.warm_up(stand, CONTENDERS[name], clip=settings.clip, grouped=grouped)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             # Not every backend exists for every device; whoever is left out is printed with the reason.
             left_out[name] = next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -33,6 +33,8 @@ def describe_run(run: dict[str, Any]) -> str:
         parts.append(f"FSDP2 over {run['processes']} processes")
     if run["clip"]:
         parts.append("with clipping")
+    if run.get("fresh", 1) > 1:
+        parts.append(f"{run['fresh']} fresh processes")
     return ", ".join(parts)
 
 
@@ -40,7 +42,17 @@ def table(run: dict[str, Any]) -> str:
     """One line for each optimizer, in plain columns; below it what was left out and why."""
     on_device = any("device_ratio" in row for row in run["rows"])
     header = (*_HEADER, "device ms", "ratio", "95% interval") if on_device else _HEADER
-    lines = _columns([header, *(_cells(row) + (_device_cells(row) if on_device else ()) for row in run["rows"])])
+    several = any("process_ratios" in row for row in run["rows"])
+    header = (*header, "over processes") if several else header
+    lines = _columns(
+        [
+            header,
+            *(
+                _cells(row) + (_device_cells(row) if on_device else ()) + (_process_cells(row) if several else ())
+                for row in run["rows"]
+            ),
+        ]
+    )
     lines += [f"{name}: left out: {reason}" for name, reason in run["left_out"].items()]
     return "\n".join(lines)
 
@@ -69,6 +81,12 @@ def _device_cells(row: dict[str, Any]) -> tuple[str, ...]:
     ratio = row["device_ratio"]
     interval = f"{ratio['low']:.2f} .. {ratio['high']:.2f}"
     return f"{1e3 * median(row['device_seconds']):.3f}", f"{ratio['median']:.2f}", interval
+
+
+def _process_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The median of the processes' ratios, the least and the largest."""
+    ratios = row["process_ratios"]
+    return (f"{median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})",)
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -26,7 +26,9 @@ _WORLD_TIMEOUT_S = 3600
 def run_workload(workload: Workload, dtype: torch.dtype, settings: Settings) -> dict[str, Any]:
     """Measure a workload.
 
-    Communication: with settings.processes > 1 that of the steps, in processes that are started and reaped here.
+    Communication: with settings.processes > 1 that of the steps, in processes that are started and reaped here. With
+    settings.fresh > 1 everything is measured in so many new processes, for one keeps to its end the luck that it has
+    with the places of its memory.
 
     Returns:
         Plain data for the JSON file; see `measure`.
@@ -34,8 +36,25 @@ def run_workload(workload: Workload, dtype: torch.dtype, settings: Settings) -> 
     Raises:
         RuntimeError: A process failed, or they took too long.
     """
+    if settings.fresh > 1:
+        return _over_processes([_run_processes(workload, dtype, settings) for _ in range(settings.fresh)])
     if settings.processes > 1:
         return _run_processes(workload, dtype, settings)
+    return _run_here(workload, dtype, settings)
+
+
+def _over_processes(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row for each pair, that of the process with the median ratio, which has the ratios of all processes."""
+    first = results[0]
+    rows = []
+    for place in range(len(first["rows"])):
+        found = sorted((result["rows"][place] for result in results), key=lambda row: row["ratio"]["median"])
+        ratios = [row["ratio"]["median"] for row in found]
+        rows.append({**found[(len(found) - 1) // 2], "process_ratios": ratios})
+    return {**first, "rows": rows}
+
+
+def _run_here(workload: Workload, dtype: torch.dtype, settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     params = [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).to(dtype)) for shape in workload.shapes]
@@ -85,7 +104,8 @@ def _wait_for(processes: list[Any], folder: Path) -> None:
 def _serve(rank: int, folder: str, workload: Workload, dtype: torch.dtype, settings: Settings) -> None:
     """One rank, from start to end; the first one leaves the result."""
     try:
-        result = _measure_sharded(rank, folder, workload, dtype, settings)
+        run = _run_here(workload, dtype, settings) if settings.processes == 1 else None
+        result = run or _measure_sharded(rank, folder, workload, dtype, settings)
         if rank == 0:
             torch.save(result, Path(folder, "result"))
     except BaseException as error:

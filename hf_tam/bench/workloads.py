@@ -10,10 +10,11 @@ __all__ = ["NAMES", "Workload", "find_workload"]
 
 Shape = tuple[int, ...]
 
-NAMES = ("lora-7b", "full-100m", "full-1b", "many-N")
+NAMES = ("lora-7b", "full-100m", "full-1b", "many-N", "many-groups")
 """What `find_workload` knows; N is a number of tensors."""
 
 _MANY_SHAPE = (16, 1024)
+_GROUP_SHAPE, _NUM_GROUPS = (64, 64), 465
 _HIDDEN = "tiny"
 """For the tests of the command itself: it measures nothing."""
 
@@ -25,10 +26,12 @@ class Workload:
     Attributes:
         name: As on the command line.
         shapes: One for each parameter tensor.
+        grouped: Whether each tensor has a param group of its own, with a learning rate of its own.
     """
 
     name: str
     shapes: tuple[Shape, ...]
+    grouped: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -58,6 +61,8 @@ def find_workload(name: str) -> Workload:
         return Workload(name, ((8, 4), (4, 16), (7,), (1,), (0,)))
     if many := re.fullmatch(r"many-([1-9]\d{0,5})", name):
         return Workload(name, (_MANY_SHAPE,) * int(many[1]))
+    if groups := re.fullmatch(r"many-groups(?:-([1-9]\d{0,4}))?", name):
+        return Workload(name, (_GROUP_SHAPE,) * int(groups[1] or _NUM_GROUPS), grouped=True)
     raise LookupError(f"no workload {name!r}: there are {', '.join(NAMES)} (many-300: 300 tensors of 16 x 1024)")
 
 

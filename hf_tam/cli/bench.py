@@ -22,11 +22,12 @@ _OPTIMIZERS = (
     "adamw", "adamw-foreach", "adamw-loop", "adatamw", "adatamw-fused", "adatamw-foreach", "adatamw-single", "adatam",
     "sgd", "tam", "pytorch_optimizer.AdaTAM", "bitsandbytes.AdamW8bit",
 )  # fmt: skip
-_WORKLOADS = ("lora-7b", "full-100m", "full-1b", "many-N")
+_WORKLOADS = ("lora-7b", "full-100m", "full-1b", "many-N", "many-groups")
 _EPILOG = f"""\
 workloads:   {", ".join(_WORKLOADS)}
              lora-7b: the LoRA tensors (r=16, all seven linear layers) of Llama-2-7B; full-100m: a Llama of 12 blocks
-             of width 768; full-1b: Llama-3.2-1B; many-N: N tensors of 16 x 1024
+             of width 768; full-1b: Llama-3.2-1B; many-N: N tensors of 16 x 1024; many-groups: 465 param groups of one
+             64 x 64 tensor each, with learning rates of their own (many-groups-28: 28)
 optimizers:  {", ".join(_OPTIMIZERS[:7])},
              {", ".join(_OPTIMIZERS[7:])}
              (the last two where their packages are installed)
@@ -53,6 +54,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", help="cpu, cuda, ...; default: the accelerator if there is one")
     parser.add_argument("--threads", type=int, help="for each process; default: the cores, shared by the processes")
     parser.add_argument("--processes", type=int, default=1, help="shard by FSDP2 over so many; default: no sharding")
+    parser.add_argument(
+        "--processes-fresh",
+        type=int,
+        default=1,
+        metavar="N",
+        help="measure in N new processes, one after the other: one keeps the luck that it has with its memory",
+    )
     parser.add_argument("--rounds", type=int, default=25, help="timed pairs for each optimizer; default: 25")
     parser.add_argument("--clip", action="store_true", help="clip gradients, inside the step or by clip_grad_norm_")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all but bitsandbytes'")
@@ -93,6 +101,7 @@ def bench(parsed: argparse.Namespace) -> int:
             "processes": settings.processes,
             "rounds": settings.rounds,
             "clip": settings.clip,
+            "fresh": settings.fresh,
         }
         print(describe_run(facts), flush=True)
         try:
@@ -118,14 +127,16 @@ def _plan(parsed: argparse.Namespace) -> tuple[Settings, list[tuple[Workload, to
     from hf_tam.bench.measuring import Settings
     from hf_tam.bench.workloads import find_workload
 
-    for name in ("threads", "processes", "rounds"):
+    for name in ("threads", "processes", "rounds", "processes_fresh"):
         value = getattr(parsed, name)
         if value is not None and value < 1:
-            raise BenchError(f"--{name} {value}: must be at least 1")
+            raise BenchError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     device = _device(parsed.device, parsed.processes)
     optimizers, against = _optimizers(parsed.optimizers, parsed.against)
     threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.processes)
-    settings = Settings(optimizers, against, device, threads, parsed.processes, parsed.rounds, parsed.clip)
+    settings = Settings(
+        optimizers, against, device, threads, parsed.processes, parsed.rounds, parsed.clip, parsed.processes_fresh
+    )
     try:
         workloads = [find_workload(name) for name in parsed.workload]
     except LookupError as error:
@@ -192,6 +203,7 @@ def _command(parsed: argparse.Namespace, settings: Settings) -> str:
     for name in ("threads", "processes", "rounds"):
         words += [f"--{name}", str(getattr(settings, name))]
     words += ["--clip"] if settings.clip else []
+    words += ["--processes-fresh", str(settings.fresh)] if settings.fresh > 1 else []
     words += ["--optimizers", *settings.optimizers]
     words += ["--against", settings.against] if settings.against else []
     words += ["--json", str(parsed.json)] if parsed.json else []

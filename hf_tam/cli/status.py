@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,6 +35,8 @@ def status(parsed: argparse.Namespace) -> int:
     Returns:
         1 if the names cannot be registered with the transformers that is installed, else 0.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text in this locale, or at all
     print(f"python {platform.python_version()}")
     for package in PACKAGES:
         print(f"{package} {_version_of(package)}")
@@ -49,13 +53,17 @@ def _backend() -> str:
     """What would execute a step on the device that a Trainer would choose here."""
     import torch
 
-    from hf_tam.backends import native, select_backend
+    from hf_tam.backends import select_backend
+    from hf_tam.backends.native import library
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     backend = select_backend(device, foreach=None, fused=None, on_host=device.type == "cpu")
     name: str = backend.__name__.rpartition(".")[2]  # type: ignore[attr-defined]
-    reason = native.why_not() if device.type == "cpu" else ""
-    return f"{name} (device: {device.type}{f'; not native: {reason}' if reason else ''})"
+    notes = [f"device: {device.type}"]
+    if device.type == "cpu":
+        reasons = {"not native": library.why_not(), "compiled for this process only": library.why_not_kept()}
+        notes += [f"{what}: {reason}" for what, reason in reasons.items() if reason]
+    return f"{name} ({'; '.join(notes)})"
 
 
 def _strategies() -> dict[str, str]:
@@ -94,7 +102,8 @@ def _print_registration() -> int:
     try:
         autoload.install()
         for module in autoload.PATCHED_MODULES:
-            if _version_of(module.split(".")[0]) != "not installed":
+            # importing deepspeed takes seconds, and fails in its own ways where no device or compiler is found
+            if not module.startswith("deepspeed.") and _version_of(module.split(".")[0]) != "not installed":
                 importlib.import_module(module)
     except ImportError as error:
         print(f"registered: nothing. {error}")

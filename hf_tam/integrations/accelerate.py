@@ -23,7 +23,8 @@ from hf_tam.integrations.accelerate_prepare import (
     compare_models,
     warn_of_strangers,
 )
-from hf_tam.integrations.deepspeed import refuse_optimizer_swap, refuse_split_model_scope
+from hf_tam.integrations.deepspeed import refuse_split_model_scope
+from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap
 from hf_tam.integrations.wrapped import find_ours
 from hf_tam.sharding.refusals import refuse_plain_shards
 
@@ -138,7 +139,7 @@ def refuse_strategy(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if name == "FSDP" and plugin is not None and plugin.fsdp_version == 1:
         _refuse_flat(plugin.use_orig_params)
-    refuse_optimizer_swap(getattr(accelerator.state, "deepspeed_plugin", None))
+    prevent_optimizer_swap(getattr(accelerator.state, "deepspeed_plugin", None))
 
 
 def refuse_flat_settings(settings: Mapping[str, Any] | None) -> None:

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 from hf_tam.integrations import deepspeed_checkpoint
 from hf_tam.integrations.checkpoint_files import (
     COMPLETE_FILE,
+    Strategy,
     first_deviation,
     first_harm,
+    forget_completion,
     mark_complete,
     mark_incomplete,
     read_metadata,
+    saved_by_ours,
 )
+from hf_tam.integrations.trainer_checkpoint import refuse_our_state
 from hf_tam.integrations.wrapped import find_ours
 
 if TYPE_CHECKING:
@@ -46,18 +50,20 @@ def marking_complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_state)
     def wrapped(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         ours = _our_optimizers(self)
+        # Where folders are numbered each is new, and accelerate makes it.
+        numbered = self.project_configuration.automatic_checkpoint_naming
+        rewritten = output_dir is not None and not numbered and self.is_main_process
         if not ours:
+            if rewritten:
+                forget_completion(Path(output_dir))  # type: ignore[arg-type]
             return save_state(self, output_dir, *args, **kwargs)
         _refuse_one_ranks_shards(self, ours)
-        numbered = (
-            self.project_configuration.automatic_checkpoint_naming
-        )  # each folder is new, and accelerate makes it
-        if output_dir is not None and not numbered and self.is_main_process:
-            mark_incomplete(Path(output_dir))
+        if rewritten:
+            mark_incomplete(Path(output_dir))  # type: ignore[arg-type]
         location = save_state(self, output_dir, *args, **kwargs)
         self.wait_for_everyone()
         if self.is_main_process:
-            mark_complete(Path(location))
+            mark_complete(Path(location), _strategy(self))
         return location
 
     return wrapped
@@ -74,7 +80,10 @@ def checking_files(load_state: Callable[..., Any]) -> Callable[..., Any]:
             folder = _folder_to_load(self, input_dir)
             if folder is not None and folder.is_dir():  # otherwise accelerate says what is wrong
                 _require_unharmed(self, folder)
-        return load_state(self, input_dir, *args, **kwargs)
+        result = load_state(self, input_dir, *args, **kwargs)
+        for optimizer in self._optimizers:
+            refuse_our_state(optimizer, input_dir or self.project_dir)
+        return result
 
     return wrapped
 
@@ -110,12 +119,33 @@ def _refuse_one_ranks_shards(accelerator: Any, optimizers: list[TorqueAware]) ->
         )
 
 
+def _strategy(accelerator: Any) -> Strategy:
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        return "deepspeed"
+    if accelerator.distributed_type.value != "FSDP":
+        return "prepared"
+    full = accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
+    return "fsdp_full" if full else "fsdp_sharded"
+
+
+_FIRST_OPTIMIZER: dict[Strategy, str] = {
+    "prepared": "optimizer.bin",
+    "fsdp_full": "optimizer.bin",
+    "fsdp_sharded": "optimizer_0",
+    "deepspeed": "",  # in folders of its own
+}
+
+
 def _require_unharmed(accelerator: Any, folder: Path) -> None:
-    harm = first_harm(folder) or first_deviation(folder)
+    strategy = _strategy(accelerator)
+    harm = first_harm(folder, strategy)
+    if harm is None and saved_by_ours(folder / _FIRST_OPTIMIZER[strategy]) is not False:
+        harm = first_deviation(folder)  # what is noted is of another save where the optimizer is none of ours
     if harm is not None:
         harm = f"{harm}. This checkpoint was not written to its end, or was damaged since"
     elif accelerator.distributed_type.value == "DEEPSPEED":
-        harm = deepspeed_checkpoint.first_harm(folder, world_size=accelerator.num_processes)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        harm = deepspeed_checkpoint.first_harm(folder, world_size=accelerator.num_processes, config=config)
     if harm is None:
         return
     earlier = last_complete_state(folder.parent)
@@ -148,7 +178,7 @@ def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., An
             load = functools.partial(_with_small_tensors, load)
         metadata = read_metadata(shards)
         names = set() if metadata is None else set(metadata.state_dict_metadata)
-        handle = inner.register_state_dict_post_hook(functools.partial(_ask_for, names=names))
+        handle = inner.register_state_dict_post_hook(functools.partial(_ask_for, names=names), prepend=True)
         try:
             return load()
         finally:

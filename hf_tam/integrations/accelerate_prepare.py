@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_tam.sharding.refusals import refuse_plain_shards
 from hf_tam.sharding.replicas import compare_replicas, is_plain
 
 if TYPE_CHECKING:
@@ -219,7 +218,6 @@ def attach_models(optimizer: TorqueAware, models: Iterable[nn.Module]) -> None:
     """
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for model in {id(inner): inner for inner in map(unwrap, models)}.values():
-        refuse_plain_shards(model)
         optimizer.attach(model)
         named = dict(named_parameters(model))
         for name, difference in _differing.get(model, {}).items():

@@ -24,6 +24,7 @@ PATCHED_MODULES = (
     "transformers.trainer_optimizer",
     "transformers.trainer",
     "accelerate.accelerator",
+    "deepspeed.runtime.engine",
 )
 
 
@@ -74,9 +75,10 @@ class PostImportHook:
 
 def _register(module: ModuleType) -> None:
     # Imported here and not above: this runs once the library is there, and may load torch.
-    from hf_tam.integrations import accelerate, transformers
+    from hf_tam.integrations import accelerate, deepspeed, transformers
 
-    (accelerate if module.__name__.startswith("accelerate.") else transformers).register(module)
+    library = module.__name__.partition(".")[0]
+    {"accelerate": accelerate, "deepspeed": deepspeed, "transformers": transformers}[library].register(module)
 
 
 _hook = PostImportHook(PATCHED_MODULES, _register)

@@ -1,7 +1,8 @@
 """Whether the files of a checkpoint folder are there to their last byte: the Trainer's, accelerate's and torch's.
 
 A kill, a full disk or a forgotten copy leaves files that are cut off or missing; what is loaded of them is an opaque
-error at best. Nothing here imports transformers or accelerate.
+error at best. What another kind of sharding has left in the same folder is passed over: nobody would load it. Nothing
+here imports transformers or accelerate.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_tam.integrations import deepspeed_checkpoint
 
@@ -31,13 +32,33 @@ _TORCH_SAVED = re.compile(
 _SAFETENSORS = re.compile(r"(adapter_)?model[-\w]*\.safetensors")
 
 
-def first_harm(folder: Path) -> str | None:
-    """The first file of a checkpoint that is cut off, or missing beside others, as "PATH is ..."; None if none is."""
-    return next(_harms(folder), None)
+Strategy = Literal["whole", "prepared", "fsdp_full", "fsdp_sharded", "deepspeed"]
+"""Who reads a checkpoint: a Trainer, or an Accelerator's `load_state`, of one process or DDP; FSDP, by its
+state_dict_type; DeepSpeed."""
+_READ_BY: dict[Strategy, str] = {
+    "whole": r"optimizer\.pt",
+    "prepared": r"optimizer(_\d+)?\.bin",
+    "fsdp_full": r"(optimizer|pytorch_model_fsdp)(_\d+)?\.bin",
+    "fsdp_sharded": _SHARDED_FOLDER.pattern,
+    "deepspeed": r"(?!)",  # folders of its own choice
+}
+_READ_BY_SOME = re.compile("|".join(_READ_BY.values()))
 
 
-def _harms(folder: Path) -> Iterator[str]:
+def is_read_by(strategy: Strategy, name: str) -> bool:
+    """Whether a file or folder of a checkpoint is none that only other strategies read."""
+    return re.fullmatch(_READ_BY[strategy], name) is not None or _READ_BY_SOME.fullmatch(name) is None
+
+
+def first_harm(folder: Path, strategy: Strategy) -> str | None:
+    """The first file that `strategy` reads and that is cut off or missing beside others, as "PATH is ..."; or None."""
+    return next(_harms(folder, strategy), None)
+
+
+def _harms(folder: Path, strategy: Strategy) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
+        if not is_read_by(strategy, path.name):
+            continue
         if path.is_dir():
             if _SHARDED_FOLDER.fullmatch(path.name):
                 yield from _harms_of_shards(path)
@@ -80,6 +101,24 @@ def read_metadata(folder: Path) -> Any | None:
         return None
 
 
+OUR_KEYS = {"damping_eps", "torque"}
+"""What the param groups, and the states, of an optimizer of ours have and others' have not."""
+
+
+def saved_by_ours(path: Path) -> bool | None:
+    """Whether an optimizer of ours has saved a file, or a folder of shards; None where that cannot be read."""
+    import torch
+
+    if path.is_dir():
+        metadata = read_metadata(path)
+        return None if metadata is None else any(name.endswith(".torque") for name in metadata.state_dict_metadata)
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return any(OUR_KEYS & set(entry) for entry in (*saved["param_groups"], *saved["state"].values()))
+    except Exception:  # a damaged file raises anything
+        return None
+
+
 def _is_whole_safetensors(path: Path) -> bool:
     """Whether a file is as long as its header says: 8 bytes, the header's length, come first."""
     content_start = 8
@@ -118,20 +157,27 @@ def mark_incomplete(folder: Path) -> None:
     (folder / COMPLETE_FILE).touch()
 
 
-def mark_complete(folder: Path) -> None:
+def mark_complete(folder: Path, strategy: Strategy) -> None:
     """Note the size of every file of `save_state`; only once every process has written its own."""
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _known_files(folder)}
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _known_files(folder, strategy)}
     (folder / COMPLETE_FILE).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
-def _known_files(folder: Path) -> Iterator[Path]:
+def _known_files(folder: Path, strategy: Strategy) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
+        if not is_read_by(strategy, path.name):
+            continue
         if path.is_dir() and _SHARDED_FOLDER.fullmatch(path.name):
             yield from sorted(path.iterdir())
         elif path.is_dir():
-            yield from deepspeed_checkpoint.shards_in(path)
+            yield from deepspeed_checkpoint.shards_in(path) if strategy == "deepspeed" else ()
         elif _TORCH_SAVED.fullmatch(path.name) or _SAFETENSORS.fullmatch(path.name):
             yield path
+
+
+def forget_completion(folder: Path) -> None:
+    """Before the files of `save_state` are written for other optimizers, drop what was noted of those of ours."""
+    (folder / COMPLETE_FILE).unlink(missing_ok=True)
 
 
 def first_deviation(folder: Path) -> str | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_tam.integrations.wrapped import find_ours
+from hf_tam.integrations.optim_args import KEYS
+from hf_tam.integrations.wrapped import find_ours, innermost
 from hf_tam.torque_log import FILE_NAME, TorqueFile, read_torque
 
 logger = logging.getLogger("hf_tam")
@@ -43,11 +44,16 @@ class TorqueCallback(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         if find_ours(optimizer) is None:
-            inner = getattr(optimizer, "optimizer", optimizer)
+            asked = args.optim in KEYS
+            remedy = (
+                f"--optim {args.optim} has no effect where the script gives the Trainer its own"
+                if asked
+                else "Use --optim adatamw, adatam or tam, or leave the callback out"
+            )
             logger.warning(
-                "TorqueCallback logs nothing: the optimizer is %s, not one of hf_tam. Use --optim adatamw, adatam or "
-                "tam, or leave the callback out.",
-                type(inner).__name__,
+                "TorqueCallback logs nothing: the optimizer is %s, not one of hf_tam. %s.",
+                type(innermost(optimizer)).__name__,
+                remedy,
             )
             return
         self._file = TorqueFile(Path(args.output_dir) / FILE_NAME)

@@ -19,13 +19,20 @@ from typing import Any
 
 from hf_tam.integrations.accelerate import refuse_flat_settings, refuse_strategy
 from hf_tam.integrations.accelerate_checkpoint import exactly_loading
+from hf_tam.integrations.asked_for import refuse_to_be_left_aside, warn_of_another_optimizer
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
-from hf_tam.integrations.checkpoint_files import invalidate
+from hf_tam.integrations.checkpoint_files import Strategy, invalidate
 from hf_tam.integrations.clipping import max_grad_norm, prepare_clipping, take_over_clipping
-from hf_tam.integrations.deepspeed import refuse_optimizer_swap
+from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap
 from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.peft import find_wrapped_adapters
-from hf_tam.integrations.trainer_checkpoint import Strategy, refuse_other_optimizer, require_resumable, write_checksums
+from hf_tam.integrations.trainer_checkpoint import (
+    CHECKSUM_FILE,
+    refuse_other_optimizer,
+    refuse_our_state,
+    require_resumable,
+    write_checksums,
+)
 from hf_tam.integrations.wrapped import find_ours
 from hf_tam.sharding.refusals import refuse_plain_shards
 
@@ -89,8 +96,18 @@ def check_arguments(args: Any) -> None:
     args.optim = str.__str__(args.optim)
     args.optim_args = format_optim_args(parse_optim_args(args.optim, args.optim_args))
     _try_constructor(args)
-    refuse_optimizer_swap(args.deepspeed_plugin)
+    prevent_optimizer_swap(args.deepspeed_plugin, _asked_for(args))
     refuse_flat_settings(args.fsdp_plugin_args)
+
+
+def _asked_for(args: Any) -> dict[str, Any]:
+    """What the training arguments say of an optimizer, as the "optimizer" block of a DeepSpeed file names it."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
 
 
 def _try_constructor(args: Any) -> None:
@@ -157,7 +174,8 @@ def _patch_trainer(module: ModuleType) -> None:
     trainer = module.Trainer
     _require(trainer, "create_optimizer", "get_optimizer_cls_and_kwargs", "train", "_get_output_dir")
     _require(trainer, "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state")
-    _require(module, "load_fsdp_optimizer")
+    _require(trainer, "_load_optimizer_and_scheduler")
+    _require(module, "load_fsdp_optimizer", "deepspeed_init", "CallbackHandler")
     select = trainer.get_optimizer_cls_and_kwargs
 
     @functools.wraps(select)
@@ -173,8 +191,11 @@ def _patch_trainer(module: ModuleType) -> None:
     _wrap(trainer, "_save_checkpoint", before=_invalidate_checkpoint)
     _wrap(trainer, "_save_optimizer_and_scheduler", after=_save_checksums)
     _wrap(trainer, "_save_rng_state", after=_wait_for_everyone)
+    _wrap(trainer, "_load_optimizer_and_scheduler", after=_refuse_misreading)
+    _wrap(module.CallbackHandler, "on_train_begin", before=_compare_with_arguments)
     module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
-    patched.append("load_fsdp_optimizer")
+    module.deepspeed_init = _keeping_ours(module.deepspeed_init)  # type: ignore[attr-defined]
+    patched.extend(["load_fsdp_optimizer", "deepspeed_init"])
     patched.extend(take_over_clipping(trainer))
     _announce()
 
@@ -212,6 +233,9 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
     ours = uses_ours(trainer)
     _prepare(trainer)
     if ours:
+        if trainer.is_deepspeed_enabled:
+            refuse_to_be_left_aside(trainer.optimizer, optim=str.__str__(trainer.args.optim))
+        prevent_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None), _asked_for(trainer.args))
         refuse_strategy(trainer.accelerator)
         if trainer.model is not None:  # a search makes it later, and prepare looks again
             refuse_plain_shards(trainer.model)
@@ -231,9 +255,47 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
             strategy=_strategy(trainer),
             weights_only_wanted=args.save_only_model,
             world_size=args.world_size,
+            deepspeed_config=trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            if trainer.is_deepspeed_enabled
+            else None,
         )
     else:
-        refuse_other_optimizer(checkpoint, str.__str__(args.optim))
+        refuse_other_optimizer(checkpoint, str.__str__(args.optim), _strategy(trainer))
+
+
+def _keeping_ours(deepspeed_init: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what decides between --optim and an "optimizer" block: each trial of a search reads the file anew."""
+
+    @functools.wraps(deepspeed_init)
+    def wrapped(trainer: Any, num_training_steps: int, inference: bool = False) -> Any:
+        if not inference and uses_ours(trainer):
+            prevent_optimizer_swap(trainer.accelerator.state.deepspeed_plugin, _asked_for(trainer.args))
+        return deepspeed_init(trainer, num_training_steps, inference=inference)
+
+    return wrapped
+
+
+def _refuse_misreading(trainer: Any, checkpoint: Any) -> None:
+    """Also where a subclass makes another optimizer than its arguments name."""
+    if checkpoint is not None:
+        refuse_our_state(trainer.optimizer, checkpoint)
+
+
+def _compare_with_arguments(handler: Any, args: Any, state: Any, *_: Any) -> None:
+    """The callbacks are told which optimizer trains when all of it has been made, wrapped and loaded."""
+    if args.optim not in registered_names or handler.optimizer is None or not state.is_world_process_zero:
+        return
+    expected, kwargs = optimizer_class_and_kwargs(args)
+    given = {_CONSTRUCTORS_NAMES.get(key, key) for key in parse_optim_args(args.optim, args.optim_args)}
+    warn_of_another_optimizer(
+        handler.optimizer,
+        optim=args.optim,
+        expected=expected,
+        given={key: value for key, value in kwargs.items() if key in given},
+    )
+
+
+_CONSTRUCTORS_NAMES = {"beta1": "betas", "beta2": "betas", "fused_clip": "max_grad_norm"}
 
 
 def _strategy(trainer: Any) -> Strategy:
@@ -247,8 +309,11 @@ def _strategy(trainer: Any) -> Strategy:
 
 def _invalidate_checkpoint(trainer: Any, model: Any = None, trial: Any = None) -> None:
     """A folder that is written a second time holds old and new files until the end."""
-    if trainer.args.should_save and uses_ours(trainer):
-        invalidate(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}")
+    if trainer.args.should_save:
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        (folder / CHECKSUM_FILE).unlink(missing_ok=True)  # also where another optimizer's files come to lie there
+        if uses_ours(trainer):
+            invalidate(folder)
 
 
 def _wait_for_everyone(trainer: Any, output_dir: str) -> None:
@@ -259,7 +324,7 @@ def _wait_for_everyone(trainer: Any, output_dir: str) -> None:
 
 def _save_checksums(trainer: Any, output_dir: str) -> None:
     if trainer.args.should_save and uses_ours(trainer):
-        write_checksums(output_dir)
+        write_checksums(output_dir, _strategy(trainer))
 
 
 def _wrap(

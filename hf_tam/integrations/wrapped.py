@@ -22,3 +22,10 @@ def find_ours(item: Any) -> TorqueAware | None:
             return item
         item = getattr(item, "optimizer", None)
     return None
+
+
+def innermost(item: Any) -> Any:
+    """The optimizer that `item` is or wraps, whosever it is."""
+    for _ in range(_MOST_WRAPPERS):
+        item = getattr(item, "optimizer", item)
+    return item

@@ -1,5 +1,27 @@
 """Where the pieces of a logical tensor are, and how their sums are made whole. Nothing here knows of Adam."""
 
-from hf_tam.sharding.reducer import LocalReducer, Reduced, Reducer, Span, is_partitioned, select_reducer
+from hf_tam.sharding.marks import several_processes
+from hf_tam.sharding.reducer import (
+    FSDP1_MARK,
+    LocalReducer,
+    Reduced,
+    Reducer,
+    Span,
+    WholeParameters,
+    is_partitioned,
+    refuse_parts,
+    select_reducer,
+)
 
-__all__ = ["LocalReducer", "Reduced", "Reducer", "Span", "is_partitioned", "select_reducer"]
+__all__ = [
+    "FSDP1_MARK",
+    "LocalReducer",
+    "Reduced",
+    "Reducer",
+    "Span",
+    "WholeParameters",
+    "is_partitioned",
+    "refuse_parts",
+    "select_reducer",
+    "several_processes",
+]

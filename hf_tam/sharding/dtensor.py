@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hf_tam.sharding.groups import ShardGroups
 from hf_tam.sharding.reducer import Reduced, WholeParameters
@@ -49,10 +50,17 @@ class DTensorReducer(WholeParameters):
 
 
 def _shard_groups(param: Tensor) -> list[ProcessGroup]:
-    if not isinstance(param, DTensor):
-        return []
+    return groups_of(param.device_mesh, param.placements) if isinstance(param, DTensor) else []
+
+
+def groups_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[ProcessGroup]:
+    """The process groups over which a tensor with these placements is cut. No communication.
+
+    Raises:
+        RuntimeError: A placement is neither a shard nor a replica.
+    """
     groups = []
-    for axis, placement in enumerate(param.placements):
+    for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             continue
         # FSDP2 on top of tensor parallelism gives _StridedShard, which is no Shard and whose is_shard() is False.
@@ -61,7 +69,7 @@ def _shard_groups(param: Tensor) -> list[ProcessGroup]:
                 f"hf_tam cannot take the angle of a parameter that is placed as {placement!r} on mesh axis {axis}: "
                 "parameters must be Shard or Replicate on every axis"
             )
-        groups.append(param.device_mesh.get_group(axis))
+        groups.append(mesh.get_group(axis))
     return groups
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from hf_tam.sharding.dtensor import groups_of
 from hf_tam.sharding.groups import ShardGroups
-from hf_tam.sharding.reducer import Reduced, WholeParameters
+from hf_tam.sharding.reducer import FSDP1_MARK, Reduced, WholeParameters
 
 
 class Fsdp1Reducer(WholeParameters):
-    """Sums over the process group of each parameter's FSDP unit.
+    """Sums over the process group of each parameter's FSDP unit, and over those of tensor parallelism below it.
 
     A rank that holds nothing of a parameter takes part with an empty tensor, so that its scalar states advance as the
     others' do.
@@ -22,33 +24,35 @@ class Fsdp1Reducer(WholeParameters):
     Args:
         params: All parameters of the optimizer, in order.
         names: Their names, None where unknown.
-        module: The FSDP module, or one that contains it.
+        modules: The FSDP modules, or modules that contain them.
 
     Raises:
-        RuntimeError: No module is attached, or it does not own a sliced parameter; or the ranks disagree.
+        RuntimeError: No module is attached, or none owns a sliced parameter; or the ranks disagree.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None], module: nn.Module | None) -> None:
-        """Find each parameter's group; see `ShardGroups` for what is communicated."""
-        if module is None:
+    def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None], modules: Sequence[nn.Module]) -> None:
+        """Find each parameter's groups; see `ShardGroups` for what is communicated."""
+        if not modules:
             raise RuntimeError(
                 "FSDP1 keeps only slices of the parameters on each rank, and only the module knows which: call "
                 "optimizer.attach(model) with the FSDP model before the first step"
             )
-        units = {id(param): (group, name, shape) for param, group, name, shape in _sliced(module)}
-        missing = next((p for p in params if getattr(p, "_fsdp_flattened", False) and id(p) not in units), None)
-        if missing is not None:
-            position = next(position for position, param in enumerate(params) if param is missing)
-            raise RuntimeError(
-                f"parameter {position} is a slice that FSDP1 made, but the attached {type(module).__name__} does not "
-                "own it: call optimizer.attach(model) with the FSDP model that the optimizer was built for"
-            )
-        groups: list[list[ProcessGroup]] = []
+        slices = {id(original.param): original for module in modules for original in _sliced(module)}
+        groups: list[Sequence[ProcessGroup]] = []
         descriptions = []
         for position, param in enumerate(params):
-            group, name, shape = units.get(id(param), (None, names[position], tuple(param.shape)))
-            groups.append([] if group is None else [group])
-            descriptions.append(f"{name or f'parameter {position}'} {tuple(shape)} {param.dtype}")
+            original = slices.get(id(param))
+            name, shape = names[position], tuple(param.shape)
+            if original is not None:
+                name, shape = original.name, original.shape
+            elif getattr(param, FSDP1_MARK, False):
+                attached = " and ".join(type(module).__name__ for module in modules)
+                raise RuntimeError(
+                    f"parameter {name or position} is a slice that FSDP1 made, but no attached module ({attached}) "
+                    "owns it: call optimizer.attach(model) with the FSDP model that it belongs to, too"
+                )
+            groups.append([] if original is None else original.groups)
+            descriptions.append(f"{name or f'parameter {position}'} {shape} {param.dtype}")
         self._groups = ShardGroups(groups, descriptions)
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -70,13 +74,34 @@ class Fsdp1Reducer(WholeParameters):
         return self._groups.share(numbers())
 
 
-def _sliced(module: nn.Module) -> Iterator[tuple[Tensor, ProcessGroup | None, str, Sequence[int]]]:
-    """Every original parameter below `module` that FSDP1 sliced: itself, its group, its name and its whole shape."""
+class _Slice(NamedTuple):
+    """A parameter of which FSDP1 keeps a slice here.
+
+    Attributes:
+        param: The parameter itself.
+        groups: The process groups over which it is cut.
+        name: What it is called in its FSDP unit.
+        shape: Its whole shape.
+    """
+
+    param: Tensor
+    groups: Sequence[ProcessGroup]
+    name: str
+    shape: tuple[int, ...]
+
+
+def _sliced(module: nn.Module) -> Iterator[_Slice]:
+    """Every original parameter below `module` that FSDP1 sliced."""
     for unit in FullyShardedDataParallel.fsdp_modules(module):
         handle = unit._handle
         if handle is None:
             continue
         flat = handle.flat_param
-        group = handle.process_group if handle.uses_sharded_strategy else None
-        for param, name, shape in zip(flat._params or [], flat._fqns, flat._shapes, strict=True):
-            yield param, group, name, shape
+        own = [handle.process_group] if handle.uses_sharded_strategy else []
+        for param, name, shape, below in zip(
+            flat._params or [], flat._fqns, flat._shapes, flat._param_extensions, strict=True
+        ):
+            if below is None:
+                yield _Slice(param, own, name, tuple(shape))
+            else:  # what FSDP1 cut was the local shard of a DTensor, and this is its DTensorSpec
+                yield _Slice(param, [*own, *groups_of(below.mesh, below.placements)], name, tuple(below.shape))

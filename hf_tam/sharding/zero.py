@@ -44,20 +44,29 @@ class ZeroReducer:
 
     Args:
         buffers: The flat buffers that stand in `param_groups` during this call.
-        owned: The parameters that the optimizer was built with, in order: the logical tensors.
+        owned: The parameters that the optimizer was built with, in order: the logical tensors. None for those that no
+            attached module has.
         names: Their names, None where unknown.
+        shapes: Their shapes when the optimizer was built, None where unknown.
 
     Raises:
-        RuntimeError: A buffer's partition map is not known or has gaps, or other ranks split the model further.
+        RuntimeError: A buffer's partition map is not known or has gaps, or other ranks split the model further; or a
+            logical tensor is missing.
     """
 
     def __init__(
-        self, buffers: Sequence[Tensor], owned: Sequence[Tensor | None], *, names: Sequence[str | None]
+        self,
+        buffers: Sequence[Tensor],
+        owned: Sequence[Tensor | None],
+        *,
+        names: Sequence[str | None],
+        shapes: Sequence[tuple[int, ...] | None],
     ) -> None:
         """Find what lies where in the buffers.
 
         Communication: one all_gather_object for each buffer, and `ShardGroups`' own.
         """
+        _require_all(owned, names, shapes)
         group = _data_parallel_group(owned)
         self._spans = {id(buffer): _spans(buffer, owned, group) for buffer in buffers}
         held = {span.position for spans in self._spans.values() for span in spans}
@@ -86,6 +95,19 @@ class ZeroReducer:
     def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
         """None: every rank has the numbers of every logical tensor of a buffer."""
         return None
+
+
+def _require_all(
+    owned: Sequence[Tensor | None], names: Sequence[str | None], shapes: Sequence[tuple[int, ...] | None]
+) -> None:
+    """The way to a tensor's place in the buffers begins at the parameter, and only a module holds that by now."""
+    for position, (param, name, shape) in enumerate(zip(owned, names, shapes, strict=True)):
+        if param is None and 0 not in (shape or ()):
+            raise RuntimeError(
+                f"parameter {name or position} (shape {shape}) was given to the optimizer, and no attached module "
+                "owns it, so its place in DeepSpeed's buffers cannot be found: call optimizer.attach(module), before "
+                "deepspeed.initialize, with a module that owns every parameter of the optimizer"
+            )
 
 
 def _data_parallel_group(owned: Sequence[Tensor | None]) -> ProcessGroup:

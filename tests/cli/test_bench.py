@@ -12,7 +12,7 @@ import torch
 
 from hf_tam import AdaTAMW, cli
 from hf_tam.bench import measuring, processes
-from hf_tam.bench.contenders import CONTENDERS, is_installed
+from hf_tam.bench.contenders import CONTENDERS, is_installed, layerwise
 from hf_tam.bench.statistics import pair_ratio
 from hf_tam.bench.workloads import NAMES, find_workload
 from hf_tam.cli import bench as command
@@ -23,7 +23,7 @@ ROW = {
     "baseline_peak_temporary_bytes", "moved_bytes", "share_of_copy",
 }  # fmt: skip
 RUN = {
-    "workload", "tensors", "elements", "dtype", "device", "threads", "processes", "rounds", "clip", "rows",
+    "workload", "tensors", "elements", "dtype", "device", "threads", "processes", "rounds", "clip", "fresh", "rows",
     "left_out", "copy_bytes_per_second", "load_average_before", "load_average_after",
 }  # fmt: skip
 TINY = ["bench", "--workload", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "4"]
@@ -122,7 +122,7 @@ def test_who_clips_and_where(monkeypatch):
     )
     stand = make_stand([(3, 2)])
     for name, expected in (("adamw", 1), ("adatamw", 0)):
-        runner = measuring._Runner.warm_up(stand, CONTENDERS[name], clip=True)
+        runner = measuring._Runner.warm_up(stand, CONTENDERS[name], clip=True, grouped=False)
         calls.clear()
         runner.time(stand)
         assert len(calls) == expected
@@ -313,3 +313,27 @@ def test_the_time_of_the_device_is_told_apart(tmp_path, monkeypatch):
     (row,) = found["rows"]
     assert len(row["device_seconds"]) == len(row["seconds"])
     assert 0.0 < max(row["device_seconds"]) < min(row["seconds"])
+
+
+def test_a_param_group_for_each_tensor():
+    """Each contender gets them, with learning rates that differ."""
+    workload = find_workload("many-groups-5")
+    assert find_workload("many-groups").shapes == ((64, 64),) * 465
+    assert workload.grouped
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(5)]
+    for name in ("adamw", "adatamw", "sgd", "tam"):
+        groups = CONTENDERS[name].make(layerwise(params)).param_groups
+        assert len({group["lr"] for group in groups}) == 5
+
+
+def test_fresh_processes_are_measured_one_after_the_other(tmp_path, capsys):
+    """The row is that of the process in the middle, and all their ratios stand beside it."""
+    (found,) = run(tmp_path, "--processes-fresh", "3", "--optimizers", "adatamw")["runs"]
+    (row,) = found["rows"]
+    assert found["fresh"] == 3
+    assert len(row["process_ratios"]) == 3
+    assert row["process_ratios"] == sorted(row["process_ratios"])
+    assert row["ratio"]["median"] == row["process_ratios"][1]
+    out = capsys.readouterr().out
+    assert "3 fresh processes" in out
+    assert "over processes" in out

@@ -309,12 +309,15 @@ def test_a_signal_ends_the_runs_too(number, tmp_path):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out/*.log")) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 200
+        children = []
+        while not children and time.monotonic() < deadline:
             time.sleep(0.1)
-        (child,) = children_of(process.pid)
+            # The log is opened a moment before the run is started.
+            children = children_of(process.pid) if list(tmp_path.glob("out/*.log")) else []
+        (child,) = children
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=200)
         while is_running(child) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not is_running(child)

@@ -1,1 +1,3 @@
-from tests.sharding.conftest import worlds  # noqa: F401
+from tests.sharding.conftest import worlds
+
+__all__ = ["worlds"]

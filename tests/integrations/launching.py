@@ -26,7 +26,7 @@ def environment(**changes):
     return plain | changes
 
 
-def run(words, *, timeout=180, **changes):
+def run(words, *, timeout=400, **changes):
     """Run a command to its end; on a timeout its whole process group is killed.
 
     Returns:

@@ -54,7 +54,7 @@ def test_other_optimizers_and_models_are_left_alone(accelerator):
 @pytest.mark.parametrize("order", ["import accelerate, hf_tam", "import hf_tam, accelerate"])
 def test_in_any_order(order):
     script = f"{order}\nprint(hasattr(accelerate.Accelerator.prepare, '__wrapped__'))"
-    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=400)
     assert completed.stdout.strip() == "True"
 
 
@@ -68,8 +68,9 @@ def test_strategies_that_hide_tensors_are_refused(accelerator, monkeypatch, kind
 
 
 def test_a_deepspeed_swap_is_refused_before_it_happens(accelerator, monkeypatch):
-    """accelerate puts DeepSpeedCPUAdam in the optimizer's place inside prepare()."""
+    """accelerate puts DeepSpeedCPUAdam in the optimizer's place inside prepare(), where it is forced by name."""
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    config["zero_force_ds_cpu_optimizer"] = True
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config), enable_msamp=False)
     monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin)
     model = nn.Linear(4, 3)

@@ -8,13 +8,14 @@ import torch
 from transformers import TrainingArguments
 
 import hf_tam
-from hf_tam.integrations.deepspeed import refuse_split_model_scope, refuse_swap_in_config
+from hf_tam.integrations.deepspeed import refuse_split_model_scope
 from hf_tam.integrations.deepspeed_checkpoint import first_harm, shards_in
+from hf_tam.integrations.deepspeed_config import refuse_swap_in_config
 from hf_tam.integrations.trainer_checkpoint import require_resumable
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 
-BLOCK = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 2}}
+BLOCK = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}, "zero_optimization": {"stage": 2}}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 
 
@@ -42,12 +43,21 @@ def zero(**settings):
         (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), '"offload_optimizer.ratio"', "Set it to 1"),
         (zero(offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload", "Remove it"),
         (zero(offload_optimizer={"device": "nvme"}), "nvme", '"device": "cpu"'),
+        (zero(offload_param={"device": "nvme"}), "offload_param.device: nvme", '"device": "cpu"'),
         (zero(zenflow={"topk_ratio": 0.1}), '"zenflow"', "Remove it"),
         (zero(elastic_checkpoint=True), '"elastic_checkpoint"', "universal checkpoint"),
-        (zero(round_robin_gradients=True), '"round_robin_gradients"', "Remove it"),
+        (zero(stage=1, round_robin_gradients=True), '"round_robin_gradients"', "Remove it"),
         (zero(mics_shard_size=2), '"mics_shard_size"', "Remove it"),
         (zero() | {"tensor_parallel": {"autotp_size": 2}}, "autotp_size", "tp_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size", "tp_size"),
+        (zero() | {"expert_parallel": {"enabled": True, "autoep_size": 2}}, '"expert_parallel"', "transformers' own"),
+        (zero() | {"sequence_parallel_size": 2, "data_parallel_size": 1}, "sequence_parallel_size", "sp_backend"),
+        (zero() | {"hybrid_engine": {"enabled": True}}, '"hybrid_engine"', "Remove it"),
+        (zero() | {"weight_quantization": {"post_init_quant": {}}}, '"weight_quantization"', "Remove it"),
+        (zero() | {"compile": {"deepcompile": True, "passes": ["z3", "autotp"]}}, "compile.passes: autotp", "Remove"),
+        (zero() | {"compile": {"offload_opt_states": True}}, "compile.offload_opt_states", "Remove it"),
         ({"bf16": {"enabled": True}}, "bf16 without ZeRO", '"stage": 1'),
+        ({"bfloat16": {"enabled": True}, "zero_optimization": False}, "bfloat16 without ZeRO", '"stage": 1'),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "fp16 without ZeRO", '"stage": 1'),
     ],
 )
@@ -63,6 +73,10 @@ def test_settings_that_hide_tensors_are_refused(config, name, remedy):
     [
         {},
         {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": True, "bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 0, "round_robin_gradients": True}, "sequence_parallel_size": 2},
+        zero(round_robin_gradients=True, parameter_alignment=True, zero_hpz_partition_size=2),
+        {"expert_parallel": {"enabled": False}, "hybrid_engine": {"enabled": False}, "compile": {"passes": None}},
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": None}},
         OFFLOAD | {"zero_force_ds_cpu_optimizer": False},
@@ -75,8 +89,9 @@ def test_what_keeps_the_optimizer_is_accepted(config):
     refuse_swap_in_config(config)
 
 
-@pytest.mark.parametrize("config", [BLOCK, OFFLOAD])
+@pytest.mark.parametrize("config", [BLOCK, OFFLOAD | {"zero_force_ds_cpu_optimizer": True}])
 def test_training_arguments_refuse_before_training(tmp_path, config, monkeypatch):
+    """A file that only says what everybody's says is accepted: tests/field/test_deepspeed_stock_files.py."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     path = tmp_path / "deepspeed.json"
@@ -93,8 +108,12 @@ def test_the_settings_of_accelerate_launch_are_read_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
-    with pytest.raises(ValueError, match='set "zero_force_ds_cpu_optimizer": false'):
-        TrainingArguments(output_dir=str(tmp_path), optim="adatamw", use_cpu=True, report_to="none", bf16=False)
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False}
+    config = TrainingArguments(optim="adatamw", **options).deepspeed_plugin.deepspeed_config
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme")
+    with pytest.raises(ValueError, match=r"offload_optimizer\.device: nvme"):
+        TrainingArguments(optim="adatamw", **options)
 
 
 def test_an_optimizer_that_is_not_selected_by_name_is_protected_too(tmp_path, monkeypatch):
@@ -143,7 +162,8 @@ class TestShards:
         assert "has the optimizer shards of 2 process(es), and 4 are to load them" in harm
         assert "ds_to_universal" in harm
         (tmp_path / "latest_universal").write_text("universal")
-        assert first_harm(tmp_path, world_size=4) is None
+        assert first_harm(tmp_path, world_size=4, config={"checkpoint": {"load_universal": True}}) is None
+        assert first_harm(tmp_path, world_size=4) == harm
 
     @pytest.mark.parametrize("name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
     def test_one_cut_off_is_named(self, tmp_path, name):

@@ -126,7 +126,7 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=parse_in_child, args=(0, queue))
     process.start()
-    from_child = queue.get(timeout=100)
+    from_child = queue.get(timeout=300)
     process.join(timeout=60)
     loaded = [int(item) for item in DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn")]
     again = pickle.loads(pickle.dumps(Numbers()))
@@ -177,7 +177,7 @@ def _write_tiny_model(folder):
 def activated_python(tmp_path_factory):
     """An environment of its own, with this one's packages: activate must write to the running one only."""
     folder = tmp_path_factory.mktemp("activated")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=300)
     python = folder / "bin" / "python"
     (site_packages,) = folder.glob("lib/python*/site-packages")
     packages = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]

@@ -2,8 +2,11 @@
 
 `ForkServer.run` runs a program in a fork of a server. What that program starts by `sys.executable`, as `accelerate
 launch` does, is a fork too: there it names a client, which asks the same server and stands for the fork until it ends.
+A server that died is started anew for the next program.
 """
 
+import contextlib
+import faulthandler
 import importlib.util
 import json
 import os
@@ -18,7 +21,9 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTING_S = 120
+STARTING_S = 300
+IMPORTED = ("torch", "accelerate.commands.launch", "recipes.no_trainer", "recipes.sft", "deepspeed")
+"""By the server, where they are installed."""
 
 CLIENT = r"""#!{python} -SE
 import json, os, signal, socket, sys
@@ -30,21 +35,33 @@ connection.sendall(words)
 replies = connection.makefile()
 pid = int(replies.readline())
 signal.signal(signal.SIGTERM, lambda number, frame: os.kill(pid, number))
-os._exit(int(replies.readline() or 1))
+status = replies.readline()
+if not status:
+    os.write(2, b"the fork ended without an exit status: a signal ended it, or the fork server is gone\n")
+os._exit(int(status or 1))
 """
 
 
 class ForkServer:
-    """A Python that has imported everything, and runs programs in forks of itself."""
+    """A Python that has imported everything, and runs programs in forks of itself.
 
-    def __init__(self, folder):
-        """Start it, with its socket and its client in `folder`."""
+    Args:
+        folder: For its socket and its client.
+        imported: The modules that it imports.
+    """
+
+    def __init__(self, folder, imported=IMPORTED):
+        self.folder, self.imported = folder, imported
         self.client = Path(folder, "python")
-        address = str(Path(folder, "socket"))
+        self._start()
+
+    def _start(self):
+        address = str(Path(self.folder, "socket"))
+        Path(address).unlink(missing_ok=True)
         self.client.write_text(CLIENT.format(python=sys.executable, address=address))
         self.client.chmod(0o700)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        words = [sys.executable, "-m", "tests.recipes.forking", address, str(self.client)]
+        words = [sys.executable, "-m", "tests.recipes.forking", address, str(self.client), *self.imported]
         self.process = subprocess.Popen(words, env=environment, cwd=ROOT, start_new_session=True)
         deadline = time.monotonic() + STARTING_S
         while not os.path.exists(address):
@@ -57,7 +74,13 @@ class ForkServer:
 
         Returns:
             The completed process, with its output as text in `stdout`, errors included.
+
+        Raises:
+            AssertionError: It took too long, or the server died meanwhile.
         """
+        if self.process.poll() is not None:
+            self.close()  # its forks
+            self._start()
         plain = {key: value for key, value in os.environ.items() if not key.startswith(("HF_TAM_", "ACCELERATE_"))}
         process = subprocess.Popen(
             [str(self.client), *map(str, words)],
@@ -75,25 +98,24 @@ class ForkServer:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             raise AssertionError(f"{words} took longer than {timeout} s; its output was:\n{output}") from None
+        status = self.process.poll()
+        assert status is None, f"the fork server ended with {status}; the output was:\n{output}"
         return subprocess.CompletedProcess(words, process.returncode, output)
 
     def close(self):
         """End it, and every fork with it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # where it has ended, and all of them
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
-def serve(address, client):
+def serve(address, client, *imported):
     """Import everything, then run what clients ask for, each in a fork."""
-    import accelerate.commands.launch  # noqa: F401
-    import torch
-
-    import recipes.no_trainer
-    import recipes.sft  # noqa: F401
-
-    if importlib.util.find_spec("deepspeed"):
-        importlib.import_module("deepspeed")
-    torch.set_num_threads(1)
+    for module in imported:
+        if importlib.util.find_spec(module.partition(".")[0]):
+            importlib.import_module(module)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.starting")
@@ -113,6 +135,7 @@ def run_for_client(connection, client):
     words, environment, folder = json.loads(connection.makefile("rb").read(int.from_bytes(size, "big")))
     for target, descriptor in enumerate(descriptors, start=1):
         os.dup2(descriptor, target)
+    faulthandler.enable(sys.__stderr__)  # who dies of a signal writes where, into the output of the program
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

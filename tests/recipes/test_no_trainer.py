@@ -130,7 +130,7 @@ def launch_ddp(fork_server, model, output_dir, *more):
     flags = [f"--{name}={value}" for name, value in options.items()]
     completed = fork_server.run(
         ["-m", "accelerate.commands.launch", *launcher, "recipes/no_trainer.py", *flags, *more],
-        timeout=150,
+        timeout=400,
         ACCELERATE_USE_CPU="true",
     )
     assert completed.returncode == 0, completed.stdout[-4000:]
@@ -180,7 +180,7 @@ def test_job_killed_inside_a_save_resumes_from_the_checkpoint_before(run, fork_s
     flags += ["--max_train_samples=19", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
     flags += [f"--max_steps={NUM_STEPS}", "--learning_rate=3e-3", "--lora_dropout=0.1", "--max_eval_samples=4"]
     flags += ["--num_sample_generations=0", "--logging_steps=1", "--save_steps=4", "--use_cpu=true"]
-    completed = fork_server.run([script, *flags], timeout=100)
+    completed = fork_server.run([script, *flags], timeout=400)
     assert completed.returncode != 0
     assert sorted(path.name for path in run.output_dir.glob("checkpoint-*")) == [
         "checkpoint-4",

@@ -119,7 +119,7 @@ def launch(fork_server, tiny_model, tmp_path_factory):
         flags = [f"--{name}={value}" for name, value in options.items()]
         completed = fork_server.run(
             ["-m", "accelerate.commands.launch", *launcher, f"recipes/{script}.py", *flags, *strategy.script, *more],
-            timeout=150,
+            timeout=400,
             STRATEGY_REPORTS=str(reports),
             ACCELERATE_TORCH_DEVICE="cpu",
             **strategy.environment,
@@ -183,7 +183,7 @@ def test_tensor_parallelism_by_the_flag_alone(fork_server, tiny_model, tmp_path)
     flags += ["--save_strategy=no", "--lora_target_modules", *COLUMN_WISE]
     completed = fork_server.run(
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/no_trainer.py", *flags],
-        timeout=150,
+        timeout=400,
         ACCELERATE_USE_CPU="true",
         STRATEGY_REPORTS=str(tmp_path),
         ACCELERATE_TORCH_DEVICE="cpu",

@@ -14,7 +14,7 @@ def main(folder, names):
     sys.path.insert(0, str(ROOT))
     from tests.sharding import comparing
 
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=180))
     results = {name: comparing.compare(name, "AdaTAMW", {}, False) for name in names}
     for result in results.values():
         result["kinds"] = sorted(result["kinds"])

@@ -321,7 +321,7 @@ def states(optimizer, model):
     """Parameters, and every state of every buffer, as lists."""
     held = {
         f"{number}.{key}": value.tolist()
-        for number, (buffer, _) in enumerate(optimizer._logical.buffers())
+        for number, (buffer, _) in enumerate(optimizer._logical.buffers(optimizer.state))
         for key, value in optimizer.state[buffer].items()
     }
     return held | {name: value.tolist() for name, value in whole_parameters(model).items()}

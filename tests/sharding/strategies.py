@@ -101,6 +101,14 @@ def fsdp2(*, reshard=True, shape=None, offload=False, mixed=False, stored=torch.
     return shard
 
 
+def fsdp1_on_tensor_parallel(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    parallelize_module(model, mesh["tensor"], PLAN)
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=mesh["shard"]
+    )
+
+
 PLAN = {"up": ColwiseParallel(), "middle": RowwiseParallel()}
 
 
@@ -145,6 +153,9 @@ WRAPPERS = [
     ),
     of_wrapper("hsdp-4", 4, fsdp2(shape=(2, 2))),
     of_wrapper("fsdp2-tp-4", 4, fsdp2_on_tensor_parallel, groups=2, axes=2, clip=False),
+    of_wrapper(
+        "fsdp1-tp-4", 4, fsdp1_on_tensor_parallel, groups=2, axes=2, clip=False, flat=True, kinds=("Parameter",)
+    ),
     *(of_wrapper(f"tp-{size}", size, tensor_parallel, clip=False, kinds=("DTensor", "Parameter")) for size in (2, 4)),
 ]
 

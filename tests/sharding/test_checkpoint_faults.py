@@ -23,7 +23,7 @@ from tests.sharding.trainer_runs import FULL, RANKS, SHARDED, checkpoint
 # One worker runs them all, so that the worlds are started once.
 pytestmark = pytest.mark.distributed
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 """Of the collectives of ranks that outlive a killed one: they notice at once, unless the machine is very busy."""
 STRATEGIES = {(1, SHARDED): "fsdp_sharded", (2, SHARDED): "fsdp_sharded", (2, FULL): "fsdp_full", None: "whole"}
 # The runs of the Trainer: the first checkpoint is complete, the second one is broken off.

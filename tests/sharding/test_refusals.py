@@ -88,7 +88,7 @@ def test_parameters_on_an_xla_device():
     parameter = torch.zeros(3).as_subclass(OnXla)
     known.add([parameter])
     with pytest.raises(RuntimeError, match=r"parameter 0 .*XLA.*SPMD.*use one of those, or --optim adamw_torch"):
-        select_reducer([parameter], known, names=[None], module=None)
+        select_reducer([parameter], known, names=[None])
 
 
 def test_a_rank_without_the_rest_of_a_buffer_is_refused():

@@ -13,7 +13,7 @@ import pytest
 from tests.sharding.test_equivalence import PARAMETERS, TORQUE
 
 pytestmark = pytest.mark.distributed
-TIMEOUT_S = 400
+TIMEOUT_S = 500
 STRATEGIES = ["ddp-2", "fsdp1-full_shard-2", "fsdp2-reshard-True-2", "tp-2"]
 
 

@@ -117,11 +117,12 @@ class Trained:
         """Every parameter by name, as the model defines it."""
         if isinstance(self.module, FullyShardedDataParallel):
             with FullyShardedDataParallel.summon_full_params(self.module, writeback=False):
-                return {name: value.detach().clone() for name, value in self.module.module.named_parameters()}
-        return {
-            name.removeprefix("module."): (value.full_tensor() if isinstance(value, DTensor) else value).detach()
-            for name, value in self.module.named_parameters()
-        }
+                return {name: whole(value).detach().clone() for name, value in self.module.module.named_parameters()}
+        return {name.removeprefix("module."): whole(value).detach() for name, value in self.module.named_parameters()}
+
+
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def copy_of(gradient):

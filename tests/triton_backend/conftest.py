@@ -15,7 +15,7 @@ def only_triton(monkeypatch):
     """Optimizers run on the Triton kernels wherever their tensors are."""
     from hf_tam.backends import triton as backend
 
-    monkeypatch.setattr("hf_tam.gathering.select_backend", lambda device, **_: backend)
+    monkeypatch.setattr("hf_tam.step.gathering.select_backend", lambda device, **_: backend)
 
 
 @pytest.fixture

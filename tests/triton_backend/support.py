@@ -1,4 +1,4 @@
-"""What the tests of the Triton backend share: entries on the device that it runs on here."""
+"""What the tests of the Triton backend share: tensors on the device that it runs on here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_tam.backends import Entry
 from hf_tam.backends import triton as backend
 from hf_tam.update import AdamCoefficients
+from tests.handed import mid_training
+
+__all__ = ["DEVICE", "OVERFLOWS_ARE_SAID", "backend", "coefficients", "make_tensors", "moved"]
 
 # The interpreter computes with numpy, which says what overflows; the kernels then take fp64.
 OVERFLOWS_ARE_SAID = pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy", "ignore::RuntimeWarning:triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLAIN_STEP = backend.AdamStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 0.9, 1e-8, None, False, True)
 
 
 def moved(tensor):
@@ -26,24 +27,9 @@ def moved(tensor):
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE).copy_(tensor)
 
 
-def make_entries(tensors, *, decay=0.0, maximize=False, seed=0):
-    """Entries in mid-training: moments that are not zero, gradients at random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def like(tensor):
-        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype).as_strided(
-            tensor.shape, torch.empty_strided(tensor.shape, tensor.stride()).stride()
-        ) if tensor.is_contiguous() else torch.empty_like(tensor).copy_(
-            torch.randn(tensor.shape, generator=generator)
-        )  # fmt: skip
-
-    return [
-        Entry(
-            index=index, owner=tensor, param=tensor, raw_grad=moved(like(tensor)), state={},
-            first=moved(like(tensor)), second=moved(like(tensor).square()), coupled_decay=decay, maximize=maximize,
-        )
-        for index, tensor in enumerate(moved(tensor) for tensor in tensors)
-    ]  # fmt: skip
+def make_tensors(params, *, seed=0, **options):
+    """Tensors in mid-training, on `DEVICE`."""
+    return mid_training([moved(param) for param in params], seed=seed, **options)
 
 
 def coefficients(count):

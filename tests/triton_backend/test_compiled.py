@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hf_tam
-from hf_tam.backends import Entry
-from tests.triton_backend.support import DEVICE, PLAIN_STEP, backend, coefficients, make_entries
+from tests.handed import hand
+from tests.triton_backend.support import DEVICE, backend, coefficients, make_tensors
 
 COMPILE = """
 import re, triton, triton.language as tl
@@ -22,7 +22,7 @@ from hf_tam.backends.triton import chunks, step_kernels, sums_kernels, update_ke
 POINTERS = {"owners": "*i32", "keeps": "*u8", "scalars": "*fp32", "before": "*fp32", "skipped": "*i64", "keep": "*i1",
             "tensors": "*i64", "grads": "*i64"}
 base = {"ALIGNED": True, "COUPLED": False, "MAXIMIZE": False}
-whole = {"LITERAL": False, "SKIP": True, "lr_pointer": None}
+whole = {"SKIP": True, "lrs": None}
 for dtype in (tl.float32, tl.bfloat16):
     for kernel, block, streams, options in (
         (sums_kernels.sums_kernel, chunks.SUMS_BLOCK, 2, {"NUM_SCALARS": 3}),
@@ -133,13 +133,13 @@ def test_graph_replays_as_eager_steps(moved_in_capture):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_whole_step_takes_two_launches_on_the_device():
-    entries = make_entries([torch.randn(size) for size in (1000, 1000, 5000)])
+    tensors = make_tensors([torch.randn(size) for size in (1000, 1000, 5000)])
     scalars = torch.zeros(3, 3, device="cuda")
     skipped = torch.zeros((), dtype=torch.int64, device="cuda")
-    backend.whole_adam(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+    backend.whole_step(tensors, scalars, adaptive=True, skip_nonfinite=True, skipped=skipped)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        backend.whole_adam(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+        backend.whole_step(tensors, scalars, adaptive=True, skip_nonfinite=True, skipped=skipped)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if "kernel" in event.name]
     assert ["sums_kernel" in names[0], "adam_step_kernel" in names[1]] == [True, True]
@@ -153,10 +153,7 @@ def test_more_than_2_to_the_31_elements():
         pytest.skip("needs 20 GiB of GPU memory")
     numel = 2**31 + 999
     fields = [torch.ones(numel, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
-    entry = Entry(
-        index=0, owner=fields[0], param=fields[0], raw_grad=fields[1], state={}, first=fields[2], second=fields[3],
-        coupled_decay=0.0, maximize=False,
-    )  # fmt: skip
-    assert backend.partial_sums([entry], with_dot=[True])[0].tolist() == [numel] * 4
-    backend.update([entry], coefficients(1))
+    tensors = hand(*([field] for field in fields))
+    assert backend.partial_sums(tensors, with_dot=[True])[0].tolist() == [numel] * 4
+    backend.update(tensors, coefficients(1))
     assert fields[0][0] == fields[0][-1] != 1.0

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import hf_tam
 from tests import running
 from tests.cases import CASES
-from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, backend, coefficients, make_entries, moved
+from tests.handed import handed_again
+from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, backend, coefficients, make_tensors, moved
 
 pytestmark = OVERFLOWS_ARE_SAID
 IN_GATE = {
@@ -91,85 +92,86 @@ def test_sums_and_update_of_random_shapes(leaves, decay, maximize, seed):
     """As the readable backend's, to the rounding of each dtype."""
     from hf_tam.backends import single
 
-    tensors = [torch.randn(shape).to(dtype) for shape, dtype in leaves]
-    entries = make_entries(tensors, decay=decay, maximize=maximize, seed=seed)
-    twins = make_entries([tensor.clone() for tensor in tensors], decay=decay, maximize=maximize, seed=seed)
-    for twin in twins:  # coupled decay is added in the gradient's dtype there, and in fp32 here
-        if twin.param.dtype in (torch.bfloat16, torch.float16):
-            twin.raw_grad = twin.raw_grad.float()
-    sums = backend.partial_sums(entries, with_dot=[True] * len(entries))
+    params = [torch.randn(shape).to(dtype) for shape, dtype in leaves]
+    options = {"seed": seed, "weight_decay": decay, "coupled": True, "maximize": maximize}
+    tensors = make_tensors(params, **options)
+    twins = make_tensors([param.clone() for param in params], **options)
+    for at, param in enumerate(twins.params):  # coupled decay is added in the gradient's dtype there, and in fp32 here
+        if param.dtype in (torch.bfloat16, torch.float16):
+            twins.grads[at] = twins.grads[at].float()
+    twins = handed_again(twins)
+    sums = backend.partial_sums(tensors, with_dot=[True] * len(tensors))
     expected = single.partial_sums(twins, with_dot=[True] * len(twins))
     scale = torch.stack([expected[:, 1:3].prod(1).sqrt(), *expected[:, 1:].unbind(1)], 1)
     assert bool(((sums - expected).abs() <= 1e-6 * scale + 1e-30).all())
-    numbers = coefficients(len(entries))
-    backend.update(entries, numbers)
-    for position, twin in enumerate(twins):
-        single.adam_tensor(twin, twin.grad(), {k: v[position] for k, v in numbers._asdict().items()})
-    for mine, theirs in zip(entries, twins, strict=True):
-        for key in ("param", "first", "second"):
-            torch.testing.assert_close(getattr(mine, key), getattr(theirs, key))
+    numbers = coefficients(len(tensors))
+    backend.update(tensors, numbers)
+    single.update(twins, numbers, keep=None, clip=None, on_host=False)
+    for key in ("params", "firsts", "seconds"):
+        for mine, theirs in zip(getattr(tensors, key), getattr(twins, key), strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_sums_are_right_beyond_the_range_of_fp32_squares():
     """A span that overflows, one that vanishes, one with a NaN: each goes by itself."""
-    entries = make_entries([torch.zeros(9000) for _ in range(4)])
-    for entry, scale in zip(entries, (1e30, 1e-30, 1.0, 0.0), strict=True):
-        entry.raw_grad.mul_(scale)
-        entry.first.mul_(scale)
-    entries[2].raw_grad[8999] = math.nan
-    sums = backend.partial_sums(entries, with_dot=[True] * 4).cpu()
-    for position in (0, 1):
-        grad, first = entries[position].raw_grad.double().cpu(), entries[position].first.double().cpu()
+    tensors = make_tensors([torch.zeros(9000) for _ in range(4)])
+    for at, scale in enumerate((1e30, 1e-30, 1.0, 0.0)):
+        tensors.grads[at].mul_(scale)
+        tensors.firsts[at].mul_(scale)
+    tensors.grads[2][8999] = math.nan
+    sums = backend.partial_sums(tensors, with_dot=[True] * 4).cpu()
+    for at in (0, 1):
+        grad, first = tensors.grads[at].double().cpu(), tensors.firsts[at].double().cpu()
         expected = torch.stack([first @ grad, first @ first, grad @ grad, grad @ grad])
-        torch.testing.assert_close(sums[position], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sums[at], expected, rtol=1e-6, atol=0)
     assert sums[2].isnan().tolist() == [True, False, True, True]
     assert not sums[3].any()
 
 
 def test_what_is_skipped_is_not_touched():
-    entries = make_entries([torch.randn(5000), torch.randn(70)])
-    entries[0].raw_grad.fill_(math.nan)
-    before = [entries[0].param.clone(), entries[0].first.clone(), entries[0].second.clone()]
-    other = entries[1].param.clone()
-    backend.update(entries, coefficients(2), torch.tensor([False, True], device=DEVICE))
-    after = [entries[0].param, entries[0].first, entries[0].second]
+    tensors = make_tensors([torch.randn(5000), torch.randn(70)])
+    tensors.grads[0].fill_(math.nan)
+    before = [tensors.params[0].clone(), tensors.firsts[0].clone(), tensors.seconds[0].clone()]
+    other = tensors.params[1].clone()
+    backend.update(tensors, coefficients(2), keep=torch.tensor([False, True], device=DEVICE))
+    after = [tensors.params[0], tensors.firsts[0], tensors.seconds[0]]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
-    assert not torch.equal(entries[1].param, other)
+    assert not torch.equal(tensors.params[1], other)
 
 
 def test_runs_are_bitwise_identical():
     runs = []
     for _ in range(2):
-        entries = make_entries([torch.ones(20_001), torch.ones(3)])
-        sums = backend.partial_sums(entries, with_dot=[True, True])
-        backend.update(entries, coefficients(2))
-        runs.append([sums, *(entry.param for entry in entries)])
+        tensors = make_tensors([torch.ones(20_001), torch.ones(3)])
+        sums = backend.partial_sums(tensors, with_dot=[True, True])
+        backend.update(tensors, coefficients(2))
+        runs.append([sums, *tensors.params])
     assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
 
 
 def test_gradients_of_another_dtype():
     for param_dtype, grad_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
-        entries = make_entries([torch.randn(300).to(param_dtype)])
-        entries[0].raw_grad = entries[0].raw_grad.to(grad_dtype)
-        sums = backend.partial_sums(entries, with_dot=[True])[0]
-        grad, first = entries[0].raw_grad.double(), entries[0].first.double()
+        tensors = make_tensors([torch.randn(300).to(param_dtype)])
+        tensors.grads[0] = tensors.grads[0].to(grad_dtype)
+        tensors = handed_again(tensors)
+        sums = backend.partial_sums(tensors, with_dot=[True])[0]
+        grad, first = tensors.grads[0].double(), tensors.firsts[0].double()
         expected = torch.stack([first @ grad, first @ first, grad @ grad, grad @ grad])
         torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-4)
-        before = entries[0].first.double()
-        backend.update(entries, coefficients(1))
-        torch.testing.assert_close(entries[0].first, torch.lerp(before, grad, 0.3).to(param_dtype))
+        backend.update(tensors, coefficients(1))
+        torch.testing.assert_close(tensors.firsts[0], torch.lerp(first, grad, 0.3).to(param_dtype))
 
 
 @pytest.mark.slow
 def test_a_thousand_tensors_take_three_launches(launches):
     sizes = [1 + (37 * number) % 301 for number in range(1000)]
-    entries = make_entries([torch.randn(size) for size in sizes])
-    sums = backend.partial_sums(entries, with_dot=[True] * 1000)
-    expected = torch.stack([entry.raw_grad.double().square().sum() for entry in entries])
+    tensors = make_tensors([torch.randn(size) for size in sizes])
+    sums = backend.partial_sums(tensors, with_dot=[True] * 1000)
+    expected = torch.stack([grad.double().square().sum() for grad in tensors.grads])
     torch.testing.assert_close(sums[:, 3], expected, rtol=1e-6, atol=0)
-    before = [entry.param.clone() for entry in entries]
-    backend.update(entries, coefficients(1000))
-    assert all(not torch.equal(entry.param, old) for entry, old in zip(entries, before, strict=True))
+    before = [param.clone() for param in tensors.params]
+    backend.update(tensors, coefficients(1000))
+    assert all(not torch.equal(param, old) for param, old in zip(tensors.params, before, strict=True))
     assert launches == ["sums_kernel", "combine_kernel", "update_kernel"]
 
 

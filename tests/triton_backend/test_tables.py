@@ -18,8 +18,9 @@ import hf_tam
 from hf_tam import backends
 from hf_tam.backends import select_backend
 from hf_tam.backends.triton import chunks, launch, table
+from tests.handed import handed_again
 from tests.test_equivalence import Dispatched
-from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, backend, coefficients, make_entries, moved
+from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, backend, coefficients, make_tensors, moved
 
 pytestmark = OVERFLOWS_ARE_SAID
 
@@ -44,7 +45,7 @@ def test_offsets_are_64_bits_wide():
     """The last chunk of a tensor of 3 * 2^31 elements; in 32 bits it would begin before the tensor."""
     numel = 3 * 2**31 + 5
     length, count = table.chunk_length(numel), table.num_chunks(numel)
-    rows = torch.tensor([[0, 0, 0, numel, length, 0, count]], dtype=torch.int64, device=DEVICE)
+    rows = torch.tensor([[0, 0, 0, numel, length, 0, count, 0]], dtype=torch.int64, device=DEVICE)
     owners = torch.zeros(count, dtype=torch.int32, device=DEVICE)
     found = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     _where[(1,)](rows, owners, found, count - 1)
@@ -56,45 +57,54 @@ def test_update_beyond_32_bits(monkeypatch):
     """The last chunk of a tensor of 2^32 elements of which only that chunk exists: addresses are moved back."""
     tail = 700
     numel = 2**32 + tail
-    entry = make_entries([torch.randn(tail)])[0]
-    bound = backend.bind([entry])
+    tensors = make_tensors([torch.randn(tail)])
+    bound = backend.bind(tensors)
     whole, count = table.chunk_length(numel), table.num_chunks(numel)
     start = (count - 1) * whole
     shift = 4 * start
-    addresses = [tensor.data_ptr() - shift for tensor in (entry.param, entry.first, entry.second)]
-    row = torch.tensor([[*addresses, start + tail, whole, 0, count]], dtype=torch.int64, device=DEVICE)
+    held = (tensors.params[0], tensors.firsts[0], tensors.seconds[0])
+    addresses = [tensor.data_ptr() - shift for tensor in held]
+    row = torch.tensor([[*addresses, start + tail, whole, 0, count, 0]], dtype=torch.int64, device=DEVICE)
     owners = torch.zeros(count, dtype=torch.int32, device=DEVICE)
-    grads = torch.tensor([entry.raw_grad.data_ptr() - shift], dtype=torch.int64, device=DEVICE)
-    expected = make_entries([entry.param.clone().cpu()])
+    grads = torch.tensor([tensors.grads[0].data_ptr() - shift], dtype=torch.int64, device=DEVICE)
+    expected = make_tensors([tensors.params[0].clone().cpu()])
     backend.update(expected, coefficients(1))
     kind = next(iter(bound.table.parts))
     constants = launch.compiled_for(kind, block=chunks.UPDATE_BLOCK)
     backend.update_kernel[(1,)](
-        row, grads, owners, torch.stack(list(coefficients(1))), None, None, count - 1, 1, 0.0, ADAM=True, **constants
-    )
+        row, grads, owners, bound.table.numbers, torch.stack(list(coefficients(1))), None, None, count - 1, 1,
+        ADAM=True, **constants,
+    )  # fmt: skip
     assert start > 2**31
-    assert torch.equal(entry.param, expected[0].param)
+    assert torch.equal(tensors.params[0], expected.params[0])
 
 
 def test_tables_are_kept_until_something_moves():
-    entries = make_entries([torch.randn(40), torch.randn(7)])
-    kept = backend.bind(entries).table
+    tensors = make_tensors([torch.randn(40), torch.randn(7)])
+    kept = backend.bind(tensors).table
     column = kept.grads
-    assert backend.bind(entries).table is kept
+    assert backend.bind(handed_again(tensors)).table is kept
     assert kept.grads is column
-    entries[0].raw_grad = entries[0].raw_grad.clone()
-    assert backend.bind(entries).table is kept
-    assert kept.grads.tolist() == [entry.raw_grad.data_ptr() for entry in entries]
+    tensors.grads[0] = tensors.grads[0].clone()
+    assert backend.bind(handed_again(tensors)).table is kept
+    assert kept.grads.tolist() == [grad.data_ptr() for grad in tensors.grads]
     assert column.tolist() != kept.grads.tolist()  # the old column is left as a graph may know it
-    for change in (
-        lambda entry: setattr(entry, "first", entry.first.clone()),
-        lambda entry: setattr(entry, "raw_grad", entry.raw_grad.double()),
-        lambda entry: setattr(entry, "raw_grad", torch.empty(41, device=DEVICE)[1:].copy_(entry.raw_grad)),
-        lambda entry: setattr(entry, "coupled_decay", 0.1),
-    ):
-        before = backend.bind(entries).table
-        change(entries[0])
-        assert backend.bind(entries).table is not before
+    column, before = kept.grads, kept.numbers.tolist()
+    assert backend.bind(handed_again(tensors, numbers=[tensors.numbers[0]._replace(lr=0.5)])).table is kept
+    assert column is not kept.grads
+    assert [left == right for left, right in zip(before, kept.numbers.tolist(), strict=True)].count(False) == 1
+    changes = [
+        (lambda held: held.firsts.__setitem__(0, held.firsts[0].clone()), {}),
+        (lambda held: held.grads.__setitem__(0, held.grads[0].double()), {}),
+        (lambda held: held.grads.__setitem__(0, torch.empty(41, device=DEVICE)[1:].copy_(held.grads[0])), {}),
+        (lambda held: None, {"numbers": [tensors.numbers[0]._replace(coupled_decay=0.1)]}),
+        (lambda held: None, {"maximize": True}),
+    ]
+    for change, options in changes:
+        again = handed_again(tensors)
+        before = backend.bind(again).table
+        change(again)
+        assert backend.bind(handed_again(again, **options)).table is not before
 
 
 def test_nothing_is_read_by_the_host(only_triton):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hf_tam
-from hf_tam.backends import Entry
-from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, PLAIN_STEP, backend, make_entries, moved
+from tests.handed import hand
+from tests.triton_backend.support import DEVICE, OVERFLOWS_ARE_SAID, backend, make_tensors, moved
 
 pytestmark = OVERFLOWS_ARE_SAID
 STEP_SHAPES = ((9000,), (40, 5), (), (0,), (300,))
@@ -37,23 +37,22 @@ def test_whole_steps_are_the_general_path(name, options, tensor_lr):
     moments = [[torch.zeros_like(tensor) for tensor in ours] for _ in optimizer.moments]
     scalars = torch.zeros(len(optimizer.scalar_states), len(ours), device=DEVICE)
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    numbers = optimizer.family.numbers(group)
+    if tensor_lr:
+        numbers = numbers._replace(lr=torch.tensor(group["lr"], dtype=torch.float64, device=DEVICE))
     for step in range(3):
         for index, parameter in enumerate(parameters):
             parameter.grad = moved(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7 * index)))
             parameter.grad += 0.3 * moved(torch.randn(parameter.shape))
         if step == 1 and group["nonfinite"] == "skip":
             parameters[1].grad[0, 0] = math.inf
-        entries = [
-            Entry(
-                index=index, owner=tensor, param=tensor, raw_grad=parameters[index].grad, state={},
-                first=moments[0][index], second=moments[1][index] if len(moments) > 1 else None,
-                coupled_decay=group["weight_decay"] if optimizer.coupled else 0.0, maximize=group["maximize"],
-            )
-            for index, tensor in enumerate(ours)
-        ]  # fmt: skip
-        bound = backend.bind(entries)
-        assert [chunks.size for chunks in bound.table.parts.values()] == [6]
-        report = _whole_step(optimizer, bound, scalars, skipped, tensor_lr)
+        seconds = moments[1] if len(moments) > 1 else []
+        grads = [parameter.grad for parameter in parameters]
+        tensors = hand(ours, grads, moments[0], seconds, numbers=[numbers], maximize=group["maximize"])
+        assert [chunks.size for chunks in backend.bind(tensors).table.parts.values()] == [6]
+        report = backend.whole_step(
+            tensors, scalars, adaptive=name != "TAM", skip_nonfinite=group["nonfinite"] == "skip", skipped=skipped
+        )
         optimizer.step()
         stats = optimizer.torque_stats()
         torch.testing.assert_close(report.cosine.float(), stats["cosine"], rtol=0, atol=2e-6)
@@ -70,25 +69,53 @@ def test_whole_steps_are_the_general_path(name, options, tensor_lr):
 
 
 def test_a_whole_step_takes_two_launches(launches):
-    entries = make_entries([torch.randn(size) for size in (50, 50, 500, 1)])
+    tensors = make_tensors([torch.randn(size) for size in (50, 50, 500, 1)])
     scalars = torch.zeros(3, 4, device=DEVICE)
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    backend.whole_adam(backend.bind(entries), scalars, PLAIN_STEP, skipped=skipped)
+    backend.whole_step(tensors, scalars, adaptive=True, skip_nonfinite=True, skipped=skipped)
     assert launches == ["sums_kernel", "adam_step_kernel"]
 
 
-def _whole_step(optimizer, bound, scalars, skipped, tensor_lr):
-    group = optimizer.param_groups[0]
-    lr = torch.tensor(group["lr"], dtype=torch.float64, device=DEVICE) if tensor_lr else group["lr"]
-    shared = {
-        "lr": lr, "gamma": group["gamma"], "damping_eps": group["damping_eps"],
-        "torque_steps": group["torque_steps"], "literal": group["step_size"] == "paper",
-        "skip_nonfinite": group["nonfinite"] == "skip",
-    }  # fmt: skip
-    if "momentum" in group:
-        return backend.whole_sgd(
-            bound, scalars, backend.SgdStep(momentum=group["momentum"], **shared), skipped=skipped
-        )
-    decay = 0.0 if optimizer.coupled else group["weight_decay"]
-    step = backend.AdamStep(betas=group["betas"], eps=group["eps"], weight_decay=decay, **shared)
-    return backend.whole_adam(bound, scalars, step, skipped=skipped)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_groups_that_differ_in_numbers_take_two_launches_together(launches, only_triton, tensor_lr):
+    """As the readable backend steps them, a group at a time."""
+    sizes, rates = (50, 7, 300), (1e-2, 3e-3, 1e-3)
+    optimizers = []
+    for options in ({}, {"foreach": False, "fused": False}):
+        groups = [
+            {
+                "params": [torch.nn.Parameter(moved(torch.ones(size)))],
+                "lr": torch.tensor(rate, device=DEVICE) if tensor_lr and index else rate,
+                "betas": (0.9 - 0.1 * index, 0.99),
+                "gamma": 0.3 * index,
+                "weight_decay": 0.1 * index,
+                "torque_steps": 2 if index else None,
+            }
+            for index, (size, rate) in enumerate(zip(sizes, rates, strict=True))
+        ]
+        optimizers.append(hf_tam.AdaTAMW(groups, **options))
+        for group in optimizers[-1].param_groups:
+            group["capturable"] = True
+    for step in range(3):
+        launches.clear()
+        for optimizer in optimizers:
+            for index, group in enumerate(optimizer.param_groups):
+                generator = torch.Generator().manual_seed(10 * step + index)
+                group["params"][0].grad = moved(torch.randn(sizes[index], generator=generator))
+        optimizers[0].step()
+        assert launches == ["sums_kernel", "adam_step_kernel"]
+        _step_by(optimizers[1])
+    for mine, theirs in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
+        torch.testing.assert_close(mine["params"][0].detach(), theirs["params"][0].detach(), rtol=1e-5, atol=1e-6)
+
+
+def _step_by(optimizer):
+    """A step of the readable backend, which `only_triton` has put out of use."""
+    from hf_tam.backends import single, triton
+    from hf_tam.step import gathering
+
+    gathering.select_backend = lambda device, **_: single
+    try:
+        optimizer.step()
+    finally:
+        gathering.select_backend = lambda device, **_: triton

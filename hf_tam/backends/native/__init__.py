@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
-from itertools import repeat
-from typing import cast
+from collections.abc import Sequence
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hf_tam.backends import cpu
-from hf_tam.backends.entry import Entry, EntryList, StepScalars
 from hf_tam.backends.native.library import load, why_not
-from hf_tam.backends.whole import AdamStep, SgdStep, StepReport
+from hf_tam.backends.protocol import NUM_SUMS, Report
+from hf_tam.backends.tensors import Tensors
+from hf_tam.update import AdamCoefficients, Coefficients, Scalar
 
-__all__ = ["adam", "is_available", "partial_sums", "sgd", "whole_step", "why_not"]
+__all__ = ["is_available", "partial_sums", "update", "whole_step", "why_not"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_FIELDS = 9
+_FIELDS = 10
+_REPORTS = 6
 
 
 def is_available() -> bool:
@@ -36,139 +37,115 @@ def is_available() -> bool:
     return load() is not None
 
 
-def partial_sums(entries: Sequence[Entry], *, with_dot: Sequence[bool]) -> Tensor:
+def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
     """See `Backend.partial_sums`."""
-    table = _table(entries, with_dot)
-    rows = torch.empty(len(table.inside), 4, dtype=torch.float64)
-    table.call("hf_tam_sums", rows.data_ptr())
-    if not table.outside:
-        return rows
-    sums = torch.empty(len(entries), 4, dtype=torch.float64)
-    sums[table.inside] = rows
-    others, wanted = [entries[at] for at in table.outside], [with_dot[at] for at in table.outside]
-    sums[table.outside] = cpu.partial_sums(others, with_dot=wanted)
+    inside = tensors.walkable(_DTYPES)
+    if inside is None:
+        return _sums(tensors, with_dot)
+    sums = torch.empty(len(tensors), NUM_SUMS, dtype=torch.float64, device="cpu")
+    for places, take in ((list(inside), _sums), (_others(tensors, inside), _cpu_sums)):
+        if places:
+            sums[places] = take(tensors.only(places), [with_dot[at] for at in places])
     return sums
 
 
-def adam(entries: Sequence[Entry], scalars: StepScalars) -> None:
-    """See `Backend.adam`."""
-    _update("hf_tam_adam", cpu.adam, entries, scalars)
+def _cpu_sums(tensors: Tensors, with_dot: Sequence[bool]) -> Tensor:
+    return cpu.partial_sums(tensors, with_dot=with_dot)
 
 
-def sgd(entries: Sequence[Entry], scalars: StepScalars) -> None:
-    """See `Backend.sgd`."""
-    _update("hf_tam_sgd", cpu.sgd, entries, scalars)
+def _sums(tensors: Tensors, with_dot: Sequence[bool]) -> Tensor:
+    rows = torch.empty(len(tensors), NUM_SUMS, dtype=torch.float64, device="cpu")
+    _call("hf_tam_sums", _table(tensors, with_dot), len(tensors), rows.data_ptr())
+    return rows
+
+
+def update(
+    tensors: Tensors, coefficients: Coefficients, *, keep: Tensor | None, clip: Scalar | None, on_host: bool
+) -> None:
+    """See `Backend.update`; always on the host."""
+    assert on_host
+    assert keep is None
+    assert not isinstance(clip, Tensor)
+    inside = tensors.walkable(_DTYPES)
+    if inside is None:
+        _update(tensors, coefficients, clip)
+        return
+    if inside:
+        _update(tensors.only(inside), _only(coefficients, inside), clip)
+    others = _others(tensors, inside)
+    cpu.update(tensors.only(others), _only(coefficients, others), keep=None, clip=clip, on_host=True)
+
+
+def _update(tensors: Tensors, coefficients: Coefficients, clip: float | None) -> None:
+    name = "hf_tam_adam" if isinstance(coefficients, AdamCoefficients) else "hf_tam_sgd"
+    rows = torch.stack(list(coefficients), dim=1).double()
+    _call(name, _table(tensors), len(tensors), rows.data_ptr(), 1.0 if clip is None else clip)
+    increment_version(tensors.params)
+
+
+def _others(tensors: Tensors, inside: Sequence[int]) -> list[int]:
+    return sorted(set(range(len(tensors))) - set(inside))
+
+
+def _only(coefficients: Coefficients, places: Sequence[int]) -> Coefficients:
+    return type(coefficients)(*(column[list(places)] for column in coefficients))
 
 
 def whole_step(
-    entries: Sequence[Entry], scalars: Tensor, step: AdamStep | SgdStep, *, skipped: Tensor
-) -> StepReport | None:
+    tensors: Tensors, scalars: Tensor, *, adaptive: bool, skip_nonfinite: bool, skipped: Tensor
+) -> Report | None:
     """See `Backend.whole_step`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
-    table = _table(entries)
-    if table.outside or step.torque_steps is not None:
+    if tensors.walkable(_DTYPES) is not None or any(row.torque_ends for row in tensors.numbers):
         return None
-    settings = [float(step.lr), step.gamma, step.damping_eps, step.literal, step.skip_nonfinite]
-    if isinstance(step, AdamStep):
-        settings += [True, *step.betas, step.eps, step.weight_decay, 0.0]
-    else:
-        settings += [False, 0.0, 0.0, 0.0, 0.0, step.momentum]
-    numbers, reports = array("d", settings), torch.empty(len(entries), 6, dtype=torch.float64)
-    table.call("hf_tam_step", numbers.buffer_info()[0], scalars.data_ptr(), reports.data_ptr())
-    increment_version([entry.param for entry in entries])
-    sums, cosine, damping = reports[:, :4], reports[:, 4], reports[:, 5]
-    keep = None
-    if step.skip_nonfinite and not math.isfinite(float(sums[:, 3].sum())):
+    numbers = array("d", chain.from_iterable(row.floats() for row in tensors.numbers))
+    reports = torch.empty(len(tensors), _REPORTS, dtype=torch.float64, device="cpu")
+    _call(
+        "hf_tam_step", _table(tensors), len(tensors), numbers.buffer_info()[0], int(adaptive), int(skip_nonfinite),
+        scalars.data_ptr(), reports.data_ptr(),
+    )  # fmt: skip
+    increment_version(tensors.params)
+    sums, keep = reports[:, :NUM_SUMS], None
+    if skip_nonfinite and not math.isfinite(float(sums[:, 3].sum())):
         keep = sums[:, 3].isfinite()
         skipped.add_((~keep).sum())
-    return StepReport(cosine, damping, sums, keep)
+    return Report(sums, reports[:, NUM_SUMS], reports[:, NUM_SUMS + 1], keep)
 
 
-def _update(
-    name: str,
-    otherwise: Callable[[Sequence[Entry], StepScalars], None],
-    entries: Sequence[Entry],
-    scalars: StepScalars,
-) -> None:
-    table = _table(entries)
-    rows = torch.stack(list(scalars.coefficients), dim=1).double()
-    if table.outside:
-        rows = rows[table.inside]
-    table.call(name, rows.data_ptr(), 1.0 if scalars.clip is None else cast("float", scalars.clip))
-    increment_version([entries[at].param for at in table.inside])
-    for at in table.outside:
-        otherwise([entries[at]], scalars.only(at))
+def _table(tensors: Tensors, with_dot: Sequence[bool] | None = None) -> array[int]:
+    """`tensor` in numbers.h, 10 x 64 bits a row: rows that are kept, with the gradients of this step.
 
-
-def _table(entries: Sequence[Entry], with_dot: Sequence[bool] | None = None) -> _Table:
-    """The table of `entries`, pointing at their gradients; kept where the entries are."""
-    kept = entries.kept if isinstance(entries, EntryList) else {}
-    table: _Table = kept.get("native") or kept.setdefault("native", _Table(entries))
-    table.point_at([entry.raw_grad for entry in entries], with_dot)
-    return table
-
-
-class _Table:
-    """The tensors that the kernels are given.
-
-    Attributes:
-        inside: Positions of the entries that they can walk.
-        outside: Those of the others.
+    Args:
+        tensors: All of them such that the kernels can walk them.
+        with_dot: Whether the product of gradient and moment is wanted; None: all are.
     """
+    kept, decays = tensors.memory.kept, [row.coupled_decay for row in tensors.numbers]
+    key = (list(tensors.groups), decays, tensors.maximize)
+    if kept.get("native key") != key:
+        kept["native key"], kept["native"] = key, _rows(tensors)
+    rows: array[int] = kept["native"]
+    rows[2::_FIELDS] = array("q", repeat(True, len(tensors)) if with_dot is None else map(bool, with_dot))
+    rows[5::_FIELDS] = array("q", map(Tensor.data_ptr, tensors.grads))
+    return rows
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        """Look at all but the gradients."""
-        self.inside: Sequence[int] = ()
-        self.outside: list[int] = []
-        self._dtypes = [entry.param.dtype for entry in entries]
-        self._strides = [entry.param.stride() for entry in entries]
-        self._fits = [cpu.layout_of(entry).is_uniform and entry.param.dtype in _DTYPES for entry in entries]
-        self._all_rows = array("q")  # `tensor` in numbers.h, 64 bits each
-        for entry in entries:
-            address, first, second = cpu.layout_of(entry).addresses
-            dtype = _DTYPES.get(entry.param.dtype, 0)
-            decay = array("q", array("d", [entry.coupled_decay]).tobytes())[0]  # the bits of the double
-            self._all_rows.extend((entry.param.numel(), dtype, True, entry.maximize, address, 0, first, second, decay))
-        self._rows = self._all_rows
 
-    def point_at(self, grads: Sequence[Tensor], with_dot: Sequence[bool] | None) -> None:
-        """Find out which gradients the kernels can walk, and where they are.
+def _rows(tensors: Tensors) -> array[int]:
+    signature, rows = tensors.memory.signature, array("q")
+    for at, param in enumerate(tensors.params):
+        second = signature.second_addresses[at] if tensors.seconds else 0
+        decay = array("q", array("d", [tensors.coupled_decay(at)]).tobytes())[0]  # the bits of the double
+        rows.extend(
+            (
+                signature.params.numels[at], _DTYPES[param.dtype], True, tensors.maximize,
+                signature.param_addresses[at], 0, signature.first_addresses[at], second, decay, tensors.groups[at],
+            )
+        )  # fmt: skip
+    return rows
 
-        Args:
-            grads: One for each entry.
-            with_dot: Whether its product with the moment is wanted; None: all are.
-        """
-        if self._fit_all(grads):
-            self.inside, self.outside, self._rows = range(len(grads)), [], self._all_rows
-        else:
-            self.inside = [at for at, grad in enumerate(grads) if self._fits[at] and self._is_walkable(at, grad)]
-            self.outside = sorted(set(range(len(grads))) - set(self.inside))
-            self._rows = array("q")
-            for at in self.inside:
-                self._rows.extend(self._all_rows[_FIELDS * at : _FIELDS * (at + 1)])
-            grads = [grads[at] for at in self.inside]
-        wanted = repeat(True, len(grads)) if with_dot is None else (with_dot[at] for at in self.inside)
-        self._rows[2::_FIELDS] = array("q", wanted)
-        self._rows[5::_FIELDS] = array("q", map(Tensor.data_ptr, grads))
 
-    def _fit_all(self, grads: Sequence[Tensor]) -> bool:
-        return (
-            all(self._fits)
-            and all(type(grad) is Tensor for grad in grads)
-            and [grad.dtype for grad in grads] == self._dtypes
-            and list(map(Tensor.stride, grads)) == self._strides
-            and not any(map(Tensor.is_neg, grads))
-        )
-
-    def _is_walkable(self, at: int, grad: Tensor) -> bool:
-        is_alike = grad.dtype == self._dtypes[at] and grad.stride() == self._strides[at]
-        return type(grad) is Tensor and is_alike and not grad.is_neg()
-
-    def call(self, name: str, *arguments: float) -> None:
-        """Call a function of kernels.c, without the GIL."""
-        library = load()
-        assert library is not None
-        status = getattr(library, name)(
-            self._rows.buffer_info()[0], len(self.inside), torch.get_num_threads(), *arguments
-        )
-        if status:
-            raise MemoryError(f"no memory for the table of the {len(self.inside)} tensors of this step")
+def _call(name: str, rows: array[int], count: int, *arguments: float) -> None:
+    """Call a function of kernels.c, without the GIL."""
+    library = load()
+    assert library is not None
+    status = getattr(library, name)(rows.buffer_info()[0], count, torch.get_num_threads(), *arguments)
+    if status:
+        raise MemoryError(f"no memory for the table of the {count} tensors of this step")

@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "passes.h"
+#include "scalar_stage.h"
 
 enum {
     BYTES_TO_SHARE = 4 << 20, /* a tensor of more is shared by the threads: what its sums have read would be gone */
@@ -41,15 +42,10 @@ int hf_tam_sgd(const tensor *tensors, int64_t count, int64_t threads, const sgd_
  * cache when it is updated ---------------------------------------------------------------------------------------- */
 
 typedef struct {
-    double lr, gamma, damping_eps, literal, skip_nonfinite; /* of both */
-    double is_adaptive, beta1, beta2, eps, weight_decay;    /* of Adam's */
-    double momentum;                                        /* of sgd's */
-} settings;
-
-typedef struct {
     const tensor *tensors;
     int64_t count, next; /* `next` is the tensor that a thread takes next */
-    const settings *settings;
+    const numbers *numbers; /* of each param group */
+    int is_adaptive, skips_nonfinite;
     float *scalars;  /* rows step, exp_avg_scale (Adam's only) and torque, a column a tensor */
     double *reports; /* REPORTS for each tensor */
     int64_t num_shared, threads;
@@ -57,46 +53,28 @@ typedef struct {
     double *sums; /* COLUMNS for each chunk of a shared tensor: the next one's sums begin when these are added up */
 } step;
 
-typedef union {
-    adam_row adam;
-    sgd_row sgd;
-} coefficients;
-
-/* The formulas of hf_tam.update: the step's numbers for one tensor from its sums. Returns 0 where it is left out. */
+/* From the sums of a tensor to the numbers of its update. Returns 0 where it is left out. */
 static int advance(const step *step, int64_t at, coefficients *out) {
-    const settings *s = step->settings;
     double *report = step->reports + REPORTS * at;
-    float *t = step->scalars + at, *scale = t + step->count, *torque = t + (s->is_adaptive ? 2 : 1) * step->count;
-    double cosine = report[DOT] / (sqrt(report[FIRST_SQ]) * sqrt(report[GRAD_SQ]));
-    if (!isfinite(cosine) || (s->is_adaptive && *scale <= 0.0f)) cosine = 0.0;
-    cosine = cosine > 1.0 ? 1.0 : cosine < -1.0 ? -1.0 : cosine;
-    int is_kept = !s->skip_nonfinite || isfinite(report[RAW_SQ]);
-    double moved = is_kept ? s->gamma * *torque + (1.0 - s->gamma) * cosine : *torque;
-    report[COSINE] = cosine;
-    report[DAMPING] = (1.0 + moved) / 2.0;
-    if (!is_kept) return 0;
-    double gain = s->damping_eps + report[DAMPING];
-    *torque = moved;
-    *t += 1.0f;
-    if (!s->is_adaptive) {
-        out->sgd = (sgd_row){s->momentum, s->literal ? gain : 2.0 * gain, s->lr};
-        return 1;
-    }
-    gain *= s->literal ? 1.0 : 2.0 * (1.0 - s->beta1);
-    double moment = s->beta1 * *scale + gain, root = 1.0, step_size = s->lr * moment;
-    if (!s->literal) {
-        root = sqrt(s->beta2 > 0.0 ? -expm1(*t * log(s->beta2)) : 1.0);
-        step_size *= root / (s->beta1 > 0.0 ? -expm1(*t * log(s->beta1)) : 1.0);
-    }
-    *scale = moment;
-    out->adam = (adam_row){1.0 - s->lr * s->weight_decay, moment > 0.0 ? gain / moment : 1.0,
-                           s->beta2, 1.0 - s->beta2, step_size, s->eps * root};
-    return 1;
+    int is_kept = !step->skips_nonfinite || isfinite(report[RAW_SQ]);
+    scalar_stage(&step->numbers[step->tensors[at].group], step->is_adaptive, is_kept, step->scalars + at, step->count,
+                 report, out);
+    return is_kept;
+}
+
+/* The scalar stage alone, to be tried against its other dialects. */
+int hf_tam_scalar_stage(
+    int64_t count, const numbers *numbers, int is_adaptive, const int64_t *groups, float *scalars, double *reports,
+    coefficients *out
+) {
+    for (int64_t at = 0; at < count; at++)
+        scalar_stage(&numbers[groups[at]], is_adaptive, 1, scalars + at, count, reports + REPORTS * at, out + at);
+    return 0;
 }
 
 INLINE pass update_by(const step *step, const coefficients *numbers) {
     pass pass = {.clip = 1.0};
-    if (step->settings->is_adaptive) pass.adam = &numbers->adam;
+    if (step->is_adaptive) pass.adam = &numbers->adam;
     else pass.sgd = &numbers->sgd;
     return pass;
 }
@@ -180,7 +158,8 @@ static void *take_tensors(void *argument) {
 
 /* Returns 0, or 1 where there is no memory. */
 int hf_tam_step(
-    const tensor *tensors, int64_t count, int64_t threads, const settings *settings, float *scalars, double *reports
+    const tensor *tensors, int64_t count, int64_t threads, const numbers *numbers, int is_adaptive,
+    int skips_nonfinite, float *scalars, double *reports
 ) {
     int64_t elements = 0, chunks = 0, num_shared = 0;
     for (int64_t at = 0; at < count; at++) {
@@ -190,7 +169,9 @@ int hf_tam_step(
         if (num_chunks(&tensors[at]) > chunks) chunks = num_chunks(&tensors[at]);
     }
     threads = worthwhile(threads, elements);
-    step step = {tensors, count, 0, settings, scalars, reports, num_shared, threads, NULL, NULL};
+    step step = {.tensors = tensors, .count = count, .numbers = numbers, .is_adaptive = is_adaptive,
+                 .skips_nonfinite = skips_nonfinite, .scalars = scalars, .reports = reports,
+                 .num_shared = num_shared, .threads = threads};
     step.shared = calloc(num_shared + 1, sizeof *step.shared);
     step.sums = malloc((COLUMNS * chunks + 1) * sizeof *step.sums);
     int is_out_of_memory = !step.shared || !step.sums;

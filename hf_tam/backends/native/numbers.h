@@ -22,7 +22,8 @@ typedef struct {
     int64_t takes_dot; /* 0: only the norm of the gradient is wanted */
     int64_t negated;   /* 1: the sign of the gradient is turned */
     void *param, *grad, *first, *second;
-    double decay; /* coupled: this many times the parameter belong to the gradient */
+    double decay;  /* coupled: this many times the parameter belong to the gradient */
+    int64_t group; /* whose hyperparameters are its own */
 } tensor;
 
 /* Ask for what is AHEAD of place i, once a line of 64 bytes. */

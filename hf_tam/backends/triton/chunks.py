@@ -21,6 +21,8 @@ Triton passes a Python float as fp32, in which 1 - 0.999 is off by 1e-5: numbers
 import triton
 import triton.language as tl
 
+from hf_tam.update import Numbers
+
 SUMS_BLOCK = 2048
 UPDATE_BLOCK = 1024
 NUM_WARPS = 4
@@ -29,13 +31,16 @@ SPAN = 8192
 (9e-7) of the sum of the terms' absolute values. What is beyond is added in fp64. A chunk is a multiple of it."""
 MAX_CHUNKS = 512
 """Chunks of one tensor at most: every program of `step_kernels` adds up all of its tensor's partial sums."""
-FIELDS = 7
+FIELDS = 8
 """Columns of `tensors`."""
 
 _FIELDS = tl.constexpr(FIELDS)
+_NUM_NUMBERS = tl.constexpr(len(Numbers._fields))
+_COUPLED_DECAY = tl.constexpr(Numbers._fields.index("coupled_decay"))
 PARAM, FIRST, SECOND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # addresses
 NUMEL, LENGTH = tl.constexpr(3), tl.constexpr(4)  # of the tensor, of its chunks
 FIRST_CHUNK, NUM_CHUNKS = tl.constexpr(5), tl.constexpr(6)
+GROUP = tl.constexpr(7)  # the row of `numbers` that holds for the tensor
 
 
 @triton.jit
@@ -52,6 +57,21 @@ def locate(tensors, owners, chunk):
     length = tl.load(row + LENGTH)
     start = (chunk - tl.load(row + FIRST_CHUNK)) * length
     return tensor, row, start, tl.minimum(length, tl.load(row + NUMEL) - start).to(tl.int32)
+
+
+@triton.jit
+def coupled_decay_of(row, numbers, COUPLED: tl.constexpr):
+    """How many times the parameter belong to the tensor's gradient."""
+    decay = tl.full((), 0.0, tl.float64)
+    if COUPLED:
+        decay = tl.load(numbers_of(row, numbers) + _COUPLED_DECAY)
+    return decay
+
+
+@triton.jit
+def numbers_of(row, numbers):
+    """The hyperparameters of the tensor: the fields of `hf_tam.update.Numbers`, fp64."""
+    return numbers + tl.load(row + GROUP) * _NUM_NUMBERS
 
 
 @triton.jit

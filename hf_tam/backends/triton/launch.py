@@ -1,62 +1,49 @@
-"""How the kernels are launched over a table, and the tables that are kept from step to step."""
+"""How the kernels are launched over a table, and the table that is kept from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_tam.backends.entry import Entry, EntryList
+from hf_tam.backends.tensors import Tensors
 from hf_tam.backends.triton.chunks import NUM_WARPS, SUMS_BLOCK
 from hf_tam.backends.triton.sums_kernels import combine_kernel, sums_kernel
-from hf_tam.backends.triton.table import Chunks, Kind, Table, aligned_grad
+from hf_tam.backends.triton.table import Chunks, Kind, Table, aligned_grads, key_of
 
 _TYPES = {
     torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
-_TABLES: Any = WeakIdKeyDictionary()
-"""For each parameter that comes first in a bucket: the bucket's tables, the current ones last."""
 
 
 class Bound(NamedTuple):
-    """Entries with the tables that describe them, pointing at the gradients of this step.
+    """Tensors with the table that describes them, pointing at the gradients of this step.
 
     Attributes:
-        entries: What to sum or update.
-        table: The tables; entries at `table.outside` cannot be walked by the kernels.
+        tensors: What to sum or update.
+        table: The table; tensors at `table.outside` cannot be walked by the kernels.
         grads: The gradients pointed at, held until the kernels are launched.
     """
 
-    entries: Sequence[Entry]
+    tensors: Tensors
     table: Table
     grads: list[Tensor]
 
 
-def bind(entries: Sequence[Entry]) -> Bound:
-    """Find or build the tables of these entries, all on one device, and point them at the gradients."""
-    kept = entries.kept if isinstance(entries, EntryList) else {}
+def bind(tensors: Tensors) -> Bound:
+    """Find or build the table of these tensors, and point it at the gradients."""
+    grads, kept = aligned_grads(tensors), tensors.memory.kept
+    addresses = [grad.data_ptr() if type(grad) is Tensor else 0 for grad in grads]
+    key = key_of(tensors, grads, addresses)
     table: Table | None = kept.get("triton")
-    if table is not None:
-        grads = [entry.raw_grad for entry in entries]
-        addresses = list(map(Tensor.data_ptr, grads))
-        if table.takes(grads, addresses):
-            table.refresh(addresses)
-            return Bound(entries, table, grads)
-    grads = [aligned_grad(entry) for entry in entries]
-    tables = _TABLES.setdefault(entries[0].owner, [])
-    if tables and tables[-1].fits(entries, grads):
-        tables[-1].refresh([grad.data_ptr() for grad in grads])
-    else:
-        # A graph that was captured with other tables may still be replayed.
-        tables[:] = [table for table in tables if table.is_captured]
-        tables.append(Table(entries, grads))
-    kept["triton"] = tables[-1]
-    return Bound(entries, tables[-1], grads)
+    if table is None or table.key != key:
+        # A graph that was captured with the other one may still be replayed: `tensors.captured` holds it.
+        table = kept["triton"] = Table(tensors, key)
+    table.refresh(tensors, addresses)
+    return Bound(tensors, table, grads)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -70,7 +57,7 @@ def compiled_for(kind: Kind, *, block: int) -> dict[str, Any]:
         "DTYPE": _TYPES[kind.dtype],
         "GRAD_DTYPE": _TYPES[kind.grad_dtype],
         "ALIGNED": kind.aligned,
-        "COUPLED": kind.coupled_decay != 0.0,
+        "COUPLED": kind.coupled,
         "MAXIMIZE": kind.maximize,
         "BLOCK": block,
         "num_warps": NUM_WARPS,
@@ -83,8 +70,8 @@ def sum_chunks(
 ) -> None:
     """Write the partial sums of some chunks to their rows of `partials`; see `sums_kernel`."""
     sums_kernel[(chunks.size,)](
-        table.tensors, table.grads, table.owners, partials, scalars, before, chunks.first, len(table.tensors),
-        kind.coupled_decay, NUM_SCALARS=0 if scalars is None else len(scalars),
+        table.tensors, table.grads, table.owners, table.numbers, partials, scalars, before, chunks.first,
+        len(table.tensors), NUM_SCALARS=0 if scalars is None else len(scalars),
         **compiled_for(kind, block=SUMS_BLOCK),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from hf_tam.backends.triton.chunks import (
     NUM_CHUNKS,
     PARAM,
     SPAN,
+    coupled_decay_of,
     effective_grad,
     load_block,
     locate,
@@ -72,8 +73,8 @@ def _lossless(square):
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def sums_kernel(
-    tensors, grads, owners, partials, scalars, before, first_chunk: tl.int64, num_tensors: tl.int64,
-    coupled_decay: tl.float64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    tensors, grads, owners, numbers, partials, scalars, before, first_chunk: tl.int64, num_tensors: tl.int64,
+    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, NUM_SCALARS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write <m, g>, |m|^2, |g|^2 and the raw |g|^2 of each chunk to its row of `partials`, fp64.
@@ -91,6 +92,7 @@ def sums_kernel(
         pointer_to(tl.load(row + FIRST), start, DTYPE, ALIGNED),
         pointer_to(tl.load(grads + tensor), start, GRAD_DTYPE, ALIGNED),
     )
+    coupled_decay = coupled_decay_of(row, numbers, COUPLED)
     zero = tl.zeros((), tl.float64)
     total_dot, total_momentum_sq, total_grad_sq, total_raw_sq = zero, zero, zero, zero
     for begin in range(0, length, _SPAN):

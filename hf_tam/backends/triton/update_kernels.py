@@ -7,6 +7,7 @@ from hf_tam.backends.triton.chunks import (
     FIRST,
     PARAM,
     SECOND,
+    coupled_decay_of,
     effective_grad,
     load_block,
     locate,
@@ -120,8 +121,8 @@ def _coefficients(own, num_tensors, COMPUTE: tl.constexpr, ADAM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def update_kernel(
-    tensors, grads, owners, coefficients, keep, clip, first_chunk: tl.int64, num_tensors: tl.int64,
-    coupled_decay: tl.float64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    tensors, grads, owners, numbers, coefficients, keep, clip, first_chunk: tl.int64, num_tensors: tl.int64,
+    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update by coefficients that are known: one a row of `coefficients` (fp64), a column for each tensor.
@@ -135,6 +136,6 @@ def update_kernel(
         length = tl.where(tl.load(keep + tensor), length, 0)
     weights = _coefficients(coefficients + tensor, num_tensors, COMPUTE, ADAM)
     update_chunk(
-        row, tl.load(grads + tensor), start, length, clip, coupled_decay, weights,
+        row, tl.load(grads + tensor), start, length, clip, coupled_decay_of(row, numbers, COUPLED), weights,
         DTYPE, GRAD_DTYPE, ALIGNED, COUPLED, MAXIMIZE, ADAM, BLOCK,
     )  # fmt: skip

@@ -14,17 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tam.backends import Entry
 from hf_tam.sharding import Span
 
 TABLE = "logical_tensors"
 """Key of the table in a saved param group: for each scalar state a vector over all logical tensors, NaN where a
 tensor has no state."""
-
-
-def split(entry: Entry, spans: Sequence[Span]) -> list[Entry]:
-    """The entries of the logical tensors in a buffer."""
-    return [entry.part(*span) for span in spans]
 
 
 def save_table(
@@ -36,19 +30,32 @@ def save_table(
 ) -> None:
     """Move the vectors of a state_dict into the table of its param groups. Waits for an accelerator.
 
+    What was loaded and has not been stepped since stays as it was loaded, with a table or, from torch.optim, without.
+
     Args:
         packed: What torch.optim.Optimizer.state_dict returned; changed in place, its tensors are not.
         buffers: The state of each buffer that has been stepped, and the positions of its logical tensors.
         count: How many logical tensors there are.
         scalar_states: Names of the scalar states.
     """
-    table = {key: torch.full((count,), torch.nan) for key in scalar_states}
-    for state, indices in buffers:
+    stepped = list(buffers)
+    loaded: dict[str, Tensor] = next((group[TABLE] for group in packed["param_groups"] if TABLE in group), {})
+    if not stepped and not loaded:
+        return
+    table = {
+        key: loaded[key].clone()
+        if key in loaded
+        else torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
+        for key in scalar_states
+    }
+    for state, indices in stepped:
         for key in scalar_states:
             table[key][list(indices)] = state[key].to("cpu", torch.float32)
     for group in packed["param_groups"]:
         group[TABLE] = table
     for key, state in packed["state"].items():
+        if not isinstance(state, dict) or "step" not in state:  # what a hook put there
+            continue
         kept = {name: value for name, value in state.items() if name not in scalar_states}
         packed["state"][key] = {**kept, "step": state["step"].max()}
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from hf_tam import update
-from hf_tam.bucket import Bucket
 from hf_tam.sharding import Reducer
+from hf_tam.step.batch import Batch
+
+_PATIENCE = 2
+"""Steps without any gradient before that is said. Some call step() once before they begin, to satisfy a scheduler."""
 
 
 class _Record(NamedTuple):
-    """The last step of one bucket: positions in param_groups order, and vectors of their length."""
+    """The last step of one batch: positions in param_groups order, and vectors of their length."""
 
     indices: list[int]
     cosine: Tensor
@@ -33,28 +36,55 @@ class Telemetry:
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned = False
         self._promised: Tensor | None = None
+        self._steps_without_gradient = 0  # from the first one on; -1 when there was one, or it was said
 
     def promise(self, device: torch.device) -> Tensor:
         """See `TorqueAware.promise_grad_norm`. Only the tensor that was promised last is filled."""
         self._promised = torch.full((), torch.nan, dtype=torch.float32, device=device)
         return self._promised
 
-    def start(self, reducer: Reducer) -> None:
-        """A new step begins: forget the last one. DeepSpeed takes it in several calls, each with its own reducer."""
+    def forget(self) -> None:
+        """Forget the last step."""
+        self._records.clear()
+
+    def record(self, reducer: Reducer, batches: Sequence[Batch]) -> None:
+        """Keep what the batches of one call saw, in the place of the last step.
+
+        DeepSpeed takes a step in several calls, each with its own reducer.
+        """
         if reducer.sees_all:
             self._records.clear()
         self._records[reducer] = []
-
-    def record(self, reducer: Reducer, buckets: Sequence[Bucket]) -> None:
-        """Keep what the buckets of one call saw."""
-        for bucket in buckets:
-            indices = [entry.index for entry in bucket.entries]
-            raw = bucket.raw_grad_sq if bucket.measured else torch.full_like(bucket.raw_grad_sq, torch.nan)
-            rates = bucket.effective_learning_rates()
-            self._records[reducer].append(_Record(indices, bucket.cosine, bucket.damping, rates, raw))
+        for batch in batches:
+            raw = batch.raw_grad_sq if batch.measured else torch.full_like(batch.raw_grad_sq, torch.nan)
+            rates = batch.effective_learning_rates()
+            self._records[reducer].append(_Record(batch.indices, batch.cosine, batch.damping, rates, raw))
         if self._promised is not None:
-            self._promised.copy_(self._grad_norm(self._promised.device))
+            norm = self._grad_norm(self._promised.device)
+            for batch in batches[:1]:
+                if batch.is_off is not None:  # such a step is not taken
+                    norm = torch.where(batch.is_off.to(norm.device), torch.nan, norm)
+            self._promised.copy_(norm)
             self._promised = None
+
+    def warn(self, batches: Sequence[Batch]) -> None:
+        """At the end of a step, when nothing is left to be changed: say what the user should know, once."""
+        if batches:
+            self._steps_without_gradient = -1
+            if all(batch.on_host for batch in batches):
+                self.read_skipped()
+        elif self._steps_without_gradient >= 0:
+            self._steps_without_gradient += 1
+            if self._steps_without_gradient == _PATIENCE:
+                self._steps_without_gradient = -1
+                warnings.warn(
+                    f"in {_PATIENCE} steps none of the optimizer's parameters has had a gradient: nothing is trained. "
+                    "Were the model's parameters frozen, or replaced after the optimizer was built (fully_shard, "
+                    "load_state_dict(assign=True), FSDP1)? Build the optimizer after that, with the parameters that "
+                    "the model has then",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _grad_norm(self, device: torch.device) -> Tensor:
         """The norm over all records of the last step, 0-d; NaN where there is none."""
@@ -96,12 +126,10 @@ class Telemetry:
             "skipped": skipped,
         }
 
-    def count_skipped(self, kept: Tensor, *, on_host: bool) -> None:
-        """Count the False entries of `kept`; where the host may look, warn of the first."""
+    def count_skipped(self, skipped: Tensor) -> None:
+        """Count the True entries of `skipped`."""
         # In place: a replayed CUDA graph goes on adding to the same memory.
-        self.skipped_on(kept.device).add_((~kept).sum())
-        if on_host:
-            self.read_skipped()
+        self.skipped_on(skipped.device).add_(skipped.sum())
 
     def skipped_on(self, device: torch.device) -> Tensor:
         """The count on one device, to be added to: int64, shape ()."""

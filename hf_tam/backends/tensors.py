@@ -1,0 +1,260 @@
+"""What a backend is handed: the tensors of a step side by side, and what is known of where they lie.
+
+Kernels walk raw pointers, so everything that a pointer cannot say is looked at before one is taken, here and
+nowhere else: kind, shape, strides, dtype and device of parameter, gradient and moments. It is looked at anew in every
+step, for anybody may have put another tensor in the place of one (`resize_token_embeddings`, pruning, offloading),
+under the same name, the same object or the same address. Nothing is remembered but numbers: a reference would keep
+memory alive that its owner has given up, and a weak one keeps torch from swapping a parameter
+(torch.utils.swap_tensors, by which `module.to` moves DTensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_tam.update import Numbers
+
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+
+
+@dataclass(slots=True)
+class Tensors:
+    """n logical tensors on one device that have a gradient in this step. Complex ones appear as their real view.
+
+    Attributes:
+        params: Their values, which can be written.
+        grads: The gradients as the backward pass left them.
+        firsts: The first moments (`exp_avg` or `momentum_buffer`).
+        seconds: The second moments; empty for TAM.
+        numbers: The hyperparameters of each param group they come from.
+        groups: The place in `numbers` of each tensor.
+        maximize: Whether the sign of the gradients is turned.
+        memory: What is known of where parameters and moments lie.
+        fits: For each gradient whether it is a plain tensor that lies as its parameter does; None where all do.
+        captured: What CUDA graphs go on reading; lives as long as the optimizer.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    firsts: list[Tensor]
+    seconds: list[Tensor]
+    numbers: Sequence[Numbers]
+    groups: Sequence[int]
+    maximize: bool
+    memory: Memory
+    fits: list[bool] | None
+    captured: list[Any]
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.params)
+
+    def coupled_decay(self, at: int) -> float:
+        """The weight decay that belongs to the gradient at a place; 0 for AdaTAMW."""
+        return float(self.numbers[self.groups[at]].coupled_decay)
+
+    def has_raw_grad(self, at: int) -> bool:
+        """Whether the angle and the moments see that gradient as it is."""
+        return not self.maximize and self.coupled_decay(at) == 0.0
+
+    def grad(self, at: int) -> Tensor:
+        """The gradient that the angle and the moments see: sign turned, coupled decay added. A temporary if so."""
+        raw = self.grads[at]
+        if self.has_raw_grad(at):
+            return raw
+        grad, decay = raw.neg() if self.maximize else raw, self.coupled_decay(at)
+        return grad.add(self.params[at], alpha=decay) if decay else grad
+
+    def only(self, places: Sequence[int]) -> Tensors:
+        """Some of them."""
+        params, grads, firsts, seconds = (
+            [held[at] for at in places] if held else []
+            for held in (self.params, self.grads, self.firsts, self.seconds)
+        )
+        groups = [self.groups[at] for at in places]
+        memory, fits = look(params, grads, firsts, seconds, known=None, name=str)
+        return Tensors(
+            params, grads, firsts, seconds, self.numbers, groups, self.maximize, memory, fits, self.captured
+        )
+
+    def walkable(self, dtypes: Container[torch.dtype]) -> Sequence[int] | None:
+        """The places of what a kernel for `dtypes` can walk, gradient included; None where that is all."""
+        memory, fits = self.memory, self.fits
+        if memory.is_walkable_throughout and fits is None and all(dtype in dtypes for dtype in memory.dtypes):
+            return None
+        return [
+            at
+            for at, param in enumerate(self.params)
+            if memory.walkable[at] and (fits is None or fits[at]) and param.dtype in dtypes
+        ]
+
+
+class _Lie(NamedTuple):
+    """How tensors lie in memory, an entry each. What is not a plain tensor has no address, and strides of its own."""
+
+    numels: list[int]
+    strides: list[Any]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+
+
+class _Signature(NamedTuple):
+    """All that is known of parameters and moments; two that are equal lead a kernel to the same memory."""
+
+    param_addresses: list[int]
+    first_addresses: list[int]
+    second_addresses: list[int]
+    params: _Lie
+    firsts: _Lie
+    seconds: _Lie | None
+
+
+@dataclass(slots=True)
+class Memory:
+    """Where parameters and moments lie, valid for as long as `signature` is that of the tensors.
+
+    Attributes:
+        signature: What it was found out from.
+        walkable: For each tensor whether parameter and moments are plain tensors of one dtype and one layout that
+            fills a stretch of memory, which a kernel can walk from its address.
+        is_walkable_throughout: Whether all are.
+        dtypes: Those of the parameters.
+        kept: What backends have worked out from it, each under its name; numbers only.
+    """
+
+    signature: _Signature
+    walkable: list[bool]
+    is_walkable_throughout: bool
+    dtypes: set[torch.dtype]
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+def look(
+    params: list[Tensor],
+    grads: list[Tensor],
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    *,
+    known: Memory | None,
+    name: Callable[[int], str],
+) -> tuple[Memory, list[bool] | None]:
+    """Look where the tensors lie, and that they belong together.
+
+    Args:
+        params: The parameters.
+        grads: The gradients.
+        firsts: The first moments.
+        seconds: The second moments, or none.
+        known: What was found the last time; returned if it still holds.
+        name: The name of the parameter at a place.
+
+    Returns:
+        What is known of parameters and moments, and `Tensors.fits`.
+
+    Raises:
+        ValueError: A gradient or a moment has another shape than its parameter, or lies on another device; or a moment
+            has the dtype neither of its parameter nor of the gradient.
+    """
+    signature = _Signature(
+        _addresses(params), _addresses(firsts), _addresses(seconds), _lie(params), _lie(firsts),
+        _lie(seconds) if seconds else None,
+    )  # fmt: skip
+    lie = _lie(grads)
+    fit_all = lie == signature.params
+    is_known = known is not None and known.signature == signature
+    moments_fit = all(held.dtypes == signature.params.dtypes for held in (signature.firsts, signature.seconds or lie))
+    if not is_known or not fit_all or not moments_fit:
+        for at, param in enumerate(params):
+            moments = [firsts[at], seconds[at]] if seconds else [firsts[at]]
+            _require_together(param, grads[at], moments, at, name)
+    fits = None
+    if not fit_all or not _are_plain(grads) or any(map(Tensor.is_neg, grads)):
+        pairs = zip(_rows(lie), _rows(signature.params), grads, strict=True)
+        fits = [left == right and _is_plain(grad) and not grad.is_neg() for left, right, grad in pairs]
+    if is_known:
+        assert known is not None
+        return known, fits
+    lies = [_rows(held) for held in (signature.params, signature.firsts, signature.seconds) if held is not None]
+    together = zip(params, firsts, seconds or firsts, strict=True)
+    walkable = [
+        _are_plain(held)
+        and all(row == rows[0] for row in rows)
+        and is_dense(held[0])
+        and not any(map(Tensor.is_neg, held))
+        for rows, held in zip(zip(*lies, strict=True), together, strict=True)
+    ]
+    return Memory(signature, walkable, all(walkable), set(signature.params.dtypes)), fits
+
+
+def _rows(lie: _Lie) -> list[tuple[Any, ...]]:
+    return list(zip(*lie, strict=True))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor or type(tensor) is nn.Parameter
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return set(map(type, tensors)) <= {Tensor, nn.Parameter}
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    if _are_plain(tensors):
+        return list(map(Tensor.data_ptr, tensors))
+    return [tensor.data_ptr() if _is_plain(tensor) else 0 for tensor in tensors]
+
+
+def _lie(tensors: Sequence[Tensor]) -> _Lie:
+    # With equal strides, as many elements are the same shape, but for dimensions of size 1.
+    return _Lie(
+        list(map(Tensor.numel, tensors)),
+        list(map(Tensor.stride, tensors)),
+        list(map(_DTYPE, tensors)),
+        list(map(_DEVICE, tensors)),
+    )
+
+
+def _require_together(
+    param: Tensor, grad: Tensor, moments: Sequence[Tensor], at: int, name: Callable[[int], str]
+) -> None:
+    for what, tensor in [("gradient", grad), *(("moment in optimizer.state", moment) for moment in moments)]:
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"parameter {name(at)} has shape {tuple(param.shape)}, and its {what} {tuple(tensor.shape)}: the "
+                "parameter was resized or replaced after the optimizer had seen it. Nothing was changed; resize its "
+                "states with it, delete them (`del optimizer.state[param]`) to begin anew, or build the optimizer "
+                "after the model has its size"
+            )
+        if tensor.device != param.device:
+            raise ValueError(
+                f"parameter {name(at)} (shape {tuple(param.shape)}) is on {param.device}, and its {what} (shape "
+                f"{tuple(tensor.shape)}) on {tensor.device}. Nothing was changed; move them to one device before the "
+                "step"
+            )
+    for moment in moments:
+        if moment.dtype != param.dtype and moment.dtype != grad.dtype:
+            raise ValueError(
+                f"parameter {name(at)} (shape {tuple(param.shape)}) is {param.dtype} with a gradient of {grad.dtype}, "
+                f"and a moment in optimizer.state (shape {tuple(moment.shape)}) is {moment.dtype}. Nothing was "
+                "changed; convert the states with the parameter, or build the optimizer after the model has its dtype"
+            )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

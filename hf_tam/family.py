@@ -1,0 +1,70 @@
+"""What a torque-aware optimizer is, apart from its tensors: its states, its hyperparameters, where its decay goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tam.update import Numbers, moment_unit
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of AdaTAMW, AdaTAM and TAM.
+
+    Attributes:
+        name: The optimizer's name.
+        moments: State keys of the moments, which have the parameter's shape, dtype and layout.
+        scalar_states: State keys that hold one fp32 number a tensor.
+        coupled: Whether weight decay is part of the gradient.
+        numbers: What the step wants of a param group.
+    """
+
+    name: str
+    moments: tuple[str, ...]
+    scalar_states: tuple[str, ...]
+    coupled: bool
+    numbers: Callable[[Mapping[str, Any]], Numbers]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """State keys, the moments first."""
+        return (*self.moments, *self.scalar_states)
+
+    def foreign_scalars(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The scalar states of a tensor whose moments torch.optim's counterpart has left."""
+        scalars = dict.fromkeys(self.scalar_states, 0.0)
+        if "exp_avg_scale" in scalars:
+            literal = group["step_size"] == "paper"
+            scalars["exp_avg_scale"] = 1.0 / moment_unit(group["betas"][0], averaged=True) if literal else 1.0
+        return scalars
+
+    def complete(
+        self,
+        state: MutableMapping[str, Any],
+        param: Tensor,
+        group: Mapping[str, Any],
+        *,
+        shape: tuple[int, ...] = (),
+    ) -> None:
+        """Fill in what a state lacks: all of it before the first step. Other keys are left alone.
+
+        Args:
+            state: `optimizer.state[param]`.
+            param: The parameter, or a flat buffer of many.
+            group: Its param group.
+            shape: That of a scalar state, (logical tensors,) for a buffer.
+        """
+        has_moment = state.get(self.moments[0]) is not None
+        scalars = self.foreign_scalars(group) if has_moment else dict.fromkeys(self.scalar_states, 0.0)
+        # Scalars lie beside the parameter: a skipped step must leave `step` alone without the host knowing.
+        for key, number in scalars.items():
+            if state.get(key) is None:
+                state[key] = torch.full(shape, number, dtype=torch.float32, device=param.device)
+        for key in self.moments:
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
