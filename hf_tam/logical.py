@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
 from hf_tam.sharding import FSDP1_MARK, Reducer, is_partitioned, refuse_parts, select_reducer, several_processes
+from hf_tam.sharding.refusals import refuse_plain_shards
 
 _WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
@@ -97,6 +98,7 @@ class LogicalTensors:
 
     def attach(self, module: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
         """See `TorqueAware.attach`; `groups` are the `param_groups`."""
+        refuse_plain_shards(module)
         named = _named_parameters(module)
         params = _all(groups)
         held = set(map(id, params))

@@ -74,7 +74,7 @@ class TorqueAware(Optimizer, ABC):
         optimizer was built is accepted again if it is the module's. The module is not kept alive.
 
         Raises:
-            ValueError: The module owns none of the optimizer's parameters.
+            ValueError: The module owns none of the optimizer's parameters, or is tensor-parallel over plain tensors.
             RuntimeError: A parameter says that it is a part of a tensor, or is in a flat parameter of FSDP1's.
         """
         self._logical.attach(module, self.param_groups)

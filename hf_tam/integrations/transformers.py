@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hf_tam.integrations.accelerate import refuse_flat_settings, refuse_strategy
 from hf_tam.integrations.accelerate_checkpoint import exactly_loading
 from hf_tam.integrations.asked_for import refuse_to_be_left_aside, warn_of_another_optimizer
 from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
@@ -33,6 +34,7 @@ from hf_tam.integrations.trainer_checkpoint import (
     write_checksums,
 )
 from hf_tam.integrations.wrapped import find_ours
+from hf_tam.sharding.refusals import refuse_plain_shards
 
 OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
@@ -87,7 +89,7 @@ def check_arguments(args: Any) -> None:
 
     Raises:
         ValueError: If `optim_args`, or a value that the optimizer takes from the arguments, is not acceptable, or if
-            DeepSpeed would replace the optimizer.
+            DeepSpeed would replace the optimizer, or FSDP1 flatten the parameters.
     """
     if args.optim not in registered_names:
         return
@@ -95,6 +97,7 @@ def check_arguments(args: Any) -> None:
     args.optim_args = format_optim_args(parse_optim_args(args.optim, args.optim_args))
     _try_constructor(args)
     prevent_optimizer_swap(args.deepspeed_plugin, _asked_for(args))
+    refuse_flat_settings(args.fsdp_plugin_args)
 
 
 def _asked_for(args: Any) -> dict[str, Any]:
@@ -233,6 +236,9 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
         if trainer.is_deepspeed_enabled:
             refuse_to_be_left_aside(trainer.optimizer, optim=str.__str__(trainer.args.optim))
         prevent_optimizer_swap(getattr(trainer.accelerator.state, "deepspeed_plugin", None), _asked_for(trainer.args))
+        refuse_strategy(trainer.accelerator)
+        if trainer.model is not None:  # a search makes it later, and prepare looks again
+            refuse_plain_shards(trainer.model)
         if trainer.is_fsdp_enabled and "peft" in sys.modules:
             find_wrapped_adapters()
     if not resume_from_checkpoint:

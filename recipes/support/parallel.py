@@ -183,6 +183,22 @@ def configure_plugins(accelerator: Accelerator, model: torch.nn.Module, argument
             plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
 
 
+def leave_embeddings_apart(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Have FSDP2 make units of the layers, and not of what holds the input embeddings, which become one by themselves.
+
+    Of a unit that holds them accelerate (1.14, 1.15, `fsdp2_prepare_model`) would cut the embeddings twice, and fail:
+    that is so wherever transformers counts a class like BertEmbeddings among those that are not to be split.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    if plugin.fsdp_version != 2 or plugin.transformer_cls_names_to_wrap is not None or not names:
+        return
+    embeddings = model.get_input_embeddings()
+    holders = {type(part).__name__ for part in model.modules() if any(each is embeddings for each in part.modules())}
+    present = {type(part).__name__ for part in model.modules()}
+    plugin.transformer_cls_names_to_wrap = sorted(names & present - holders)
+
+
 def _zero_stage(accelerator: Accelerator) -> int:
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else int(plugin.zero_stage)

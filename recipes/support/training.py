@@ -16,7 +16,7 @@ from recipes.support.errors import RecipeError
 from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop, checkpoint_written
 from recipes.support.models import require_weights
 from recipes.support.output import check_output_directory, metrics_path, naming_a_full_disk, remove_earlier_run
-from recipes.support.parallel import describe_strategy, leave_group
+from recipes.support.parallel import describe_strategy, leave_embeddings_apart, leave_group
 from recipes.support.quantization import is_quantized
 from recipes.support.reporting import MetricsFileCallback
 from recipes.support.spikes import grad_norm_metrics
@@ -49,6 +49,8 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     output_dir = Path(trainer.args.output_dir)
     if trainer.is_fsdp_enabled and is_quantized(trainer.model):  # --fsdp, which comes after the model was loaded
         raise RecipeError("load_in_4bit does not work under FSDP, which cuts the weights: drop one of them.")
+    if trainer.is_fsdp_enabled:
+        leave_embeddings_apart(trainer.accelerator, trainer.model)
     interruption = Interruption()
     metrics_file = MetricsFileCallback(metrics_path(run, output_dir))
     for callback in (InterruptionCallback(interruption), metrics_file, speed.TrainingClock()):

@@ -216,6 +216,46 @@ def test_bf16_as_the_files_say_reaches_deepspeed(launch):
     assert run.results["eval_perplexity"] < 0.8 * run.results["eval_perplexity_before"]
 
 
+@pytest.mark.distributed
+def test_a_classifier_whose_head_is_new(fork_server, tmp_path):
+    """BERT, whose embeddings accelerate would cut twice, and a head that only the first process has."""
+    from recipes.data import help_desk
+    from recipes.support.encoder_demo import build_encoder, build_tokenizer
+
+    tokenizer = build_tokenizer([row["text"] for row in help_desk.make_records(help_desk.TRAIN, per_intent=4, seed=3)])
+    build_encoder(tokenizer, ["of another", "task"]).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = {"model_name_or_path": tmp_path / "model", "dataset_name": "demo", "max_steps": 4, "full": "true"}
+    options |= {"learning_rate": 3e-3, "save_strategy": "no", "disable_tqdm": "true"}
+
+    def run(strategy):
+        reports = tmp_path / f"reports-{strategy}"
+        reports.mkdir()
+        launcher = ["--config_file", f"recipes/accelerate/{strategy}.yaml", "--num_processes", 2]
+        launcher += ["--mixed_precision", "no", "--main_process_port", 0]
+        flags = [f"--{key}={value}" for key, value in {**options, "output_dir": tmp_path / strategy}.items()]
+        completed = fork_server.run(
+            ["-m", "accelerate.commands.launch", *launcher, "recipes/classify.py", *flags],
+            timeout=150,
+            STRATEGY_REPORTS=str(reports),
+            ACCELERATE_TORCH_DEVICE="cpu",
+            ACCELERATE_USE_CPU="true",
+        )
+        assert completed.returncode == 0, completed.stdout[-8000:]
+        ranks = [json.loads((reports / f"rank-{rank}.json").read_text()) for rank in range(2)]
+        return ranks, json.loads((tmp_path / strategy / "results.json").read_text())
+
+    replicated, expected = run("ddp")
+    sharded, results = run("fsdp2")
+    assert results["strategy"] == "FSDP2, 2 processes"
+    for whole, cut in zip(replicated, sharded, strict=True):
+        assert cut["parameters"] == [PARAMETERS["fsdp2"]] * len(whole["parameters"])
+        differences = [abs(left - right) for left, right in zip(cut["torques"][-1], whole["torques"][-1], strict=True)]
+        # a softmax ignores the biases of the keys: their gradients are rounding errors, one tensor in each layer
+        assert sum(difference > 1e-5 for difference in differences) <= 2
+    assert results["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+
+
 OPTIONS = {
     "4 bits": ["--load_in_4bit"],
     "4 bits, packed": ["--load_in_4bit", "--packing"],

@@ -63,7 +63,8 @@ def model_of(lora, folder=None, way=None):
     """The tiny Llama, sharded by transformers itself where the way is tensor parallelism."""
     model = tiny_llama()
     if folder is not None and way is not None and way.tensor > 1:
-        from transformers import AutoModelForCausalLM, DistributedConfig
+        from transformers import AutoModelForCausalLM
+        from transformers.distributed import DistributedConfig  # transformers itself has it later than 5.16
 
         sizes = {"tp_size": way.tensor, "fsdp_size": way.world // way.tensor}
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
