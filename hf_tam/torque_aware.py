@@ -19,7 +19,7 @@ from hf_tam.bucket import Bucket
 from hf_tam.gathering import Gatherer
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import LocalReducer, Reducer, Span
+from hf_tam.sharding import Agreement, LocalReducer, Reducer, Span, Stepped
 from hf_tam.telemetry import Telemetry
 
 
@@ -49,6 +49,7 @@ class TorqueAware(Optimizer, ABC):
 
     def _reset_runtime(self) -> None:
         self._logical = LogicalTensors()
+        self._agreement = Agreement()
         self._telemetry = Telemetry()
         self._just_loaded = False
         self._gatherer = Gatherer()
@@ -66,7 +67,7 @@ class TorqueAware(Optimizer, ABC):
         super().add_param_group(param_group)
         self._logical.add_group(self.param_groups[-1])
 
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module, *, whole: bool = False) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
 
         Needed under FSDP1, where only the module knows how its parameters are cut; optional otherwise.
@@ -74,10 +75,17 @@ class TorqueAware(Optimizer, ABC):
         The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
         optimizer was built is accepted again if it is the module's.
 
+        Args:
+            module: The model, wrapped or not.
+            whole: No other rank holds a part of this model. With scope "model" or `max_grad_norm` the ranks of a job
+                are compared, and refused where they step different parameters; ranks that train models of their own
+                (an actor here, a critic there) say so by this.
+
         Raises:
             ValueError: The module owns none of the optimizer's parameters.
         """
         self._logical.attach(module, list(self._params()))
+        self._agreement.alone |= whole
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -203,7 +211,10 @@ class TorqueAware(Optimizer, ABC):
             bucket.scale_state((~idle).to(bucket.device))
 
     def _select_reducer(self) -> Reducer:
-        reducer = self._logical.select(list(self._params()), self.param_groups)
+        with self._agreement.telling(list(self._params()), NUM_SUMS):
+            reducer = self._logical.select(list(self._params()), self.param_groups)
+        loaded, fresh, module = self._just_loaded, not self.state, self._logical.module
+        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh, module, NUM_SUMS))
         if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):
             raise RuntimeError(
                 "scope='model' takes one angle over all parameters, but DeepSpeed hands over a part of them at a time "

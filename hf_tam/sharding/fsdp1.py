@@ -25,11 +25,13 @@ class Fsdp1Reducer(WholeParameters):
         module: The FSDP module, or one that contains it.
 
     Raises:
-        RuntimeError: No module is attached, or it does not own a sliced parameter; or the ranks disagree.
+        RuntimeError: No module is attached, or it does not own a sliced parameter.
     """
 
+    tells_numbers = True
+
     def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None], module: nn.Module | None) -> None:
-        """Find each parameter's group; see `ShardGroups` for what is communicated."""
+        """Find each parameter's group. No communication."""
         if module is None:
             raise RuntimeError(
                 "FSDP1 keeps only slices of the parameters on each rank, and only the module knows which: call "
@@ -44,12 +46,13 @@ class Fsdp1Reducer(WholeParameters):
                 "own it: call optimizer.attach(model) with the FSDP model that the optimizer was built for"
             )
         groups: list[list[ProcessGroup]] = []
-        descriptions = []
+        called, kinds = [], []
         for position, param in enumerate(params):
             group, name, shape = units.get(id(param), (None, names[position], tuple(param.shape)))
             groups.append([] if group is None else [group])
-            descriptions.append(f"{name or f'parameter {position}'} {tuple(shape)} {param.dtype}")
-        self._groups = ShardGroups(groups, descriptions)
+            called.append(name or f"parameter {position}")
+            kinds.append(f"{tuple(shape)} {param.dtype}")
+        self.groups = ShardGroups(groups, called, kinds)
 
     def local(self, tensor: Tensor) -> Tensor:
         """The slice itself."""
@@ -63,11 +66,11 @@ class Fsdp1Reducer(WholeParameters):
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce for each process group of the FSDP units."""
-        return self._groups.reduce(sums, rows, present=present)
+        return self.groups.reduce(sums, rows, present=present)
 
     def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
         """One all-reduce: a checkpoint of FSDP1 restores states on the ranks that hold part of a tensor only."""
-        return self._groups.share(numbers())
+        return self.groups.share(numbers())
 
 
 def _sliced(module: nn.Module) -> Iterator[tuple[Tensor, ProcessGroup | None, str, Sequence[int]]]:

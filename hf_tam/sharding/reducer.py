@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hf_tam.ownership import OwnedParameters
+    from hf_tam.sharding.groups import ShardGroups
 
 _REMEDY = (
     "An angle needs the whole tensor; hf_tam is exact on one device, under DDP, FSDP1 (use_orig_params=True), FSDP2, "
@@ -53,6 +54,12 @@ class Reducer(Protocol):
 
     sees_all: bool
     """Whether one call of step() gets every logical tensor that is trained; if not, there is no angle over all."""
+    tells_numbers: bool
+    """Whether `share` communicates."""
+
+    @property
+    def groups(self) -> ShardGroups | None:
+        """Over which ranks it sums; None where every tensor is whole."""
 
     def spans(self, param: Tensor) -> Sequence[Span] | None:
         """The logical tensors in a flat buffer; None where the parameter itself is one."""
@@ -87,6 +94,7 @@ class WholeParameters:
     """What holds wherever each parameter stands for one logical tensor."""
 
     sees_all = True
+    tells_numbers = False
 
     def spans(self, param: Tensor) -> None:
         """The parameter is a logical tensor itself."""
@@ -98,6 +106,8 @@ class WholeParameters:
 
 class LocalReducer(WholeParameters):
     """For whole tensors (one device, DDP): the local sums are the global ones. No communication."""
+
+    groups = None
 
     def local(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
@@ -117,8 +127,8 @@ def select_reducer(
 ) -> Reducer:
     """Choose the reducer for the tensors an optimizer is about to update.
 
-    Communication: where tensors are sharded, one all_gather_object in each shard group, by which its ranks check that
-    they hold the same logical tensors in the same order; under ZeRO another one, for the partition map.
+    Communication: under ZeRO one all_gather_object for each buffer, for the partition map; otherwise none. That the
+    ranks of a shard group hold the same is left to `Agreement`.
 
     Args:
         params: What stands in `param_groups` now, in order.
@@ -127,8 +137,8 @@ def select_reducer(
         module: The attached module, if any.
 
     Raises:
-        RuntimeError: A tensor is flattened or was put in place of the user's parameters by a wrapper, is cut in a way
-            that is not known, or the ranks of a shard group disagree.
+        RuntimeError: A tensor is flattened or was put in place of the user's parameters by a wrapper, or is cut in
+            a way that is not known.
     """
     kinds = [_kind(param, owned) for param in params]
     unknown = next((position for position, kind in enumerate(kinds) if kind not in _KNOWN_KINDS), None)

@@ -51,20 +51,23 @@ class ZeroReducer:
         RuntimeError: A buffer's partition map is not known or has gaps, or other ranks split the model further.
     """
 
+    tells_numbers = False
+
     def __init__(
         self, buffers: Sequence[Tensor], owned: Sequence[Tensor | None], *, names: Sequence[str | None]
     ) -> None:
         """Find what lies where in the buffers.
 
-        Communication: one all_gather_object for each buffer, and `ShardGroups`' own.
+        Communication: one all_gather_object for each buffer.
         """
         group = _data_parallel_group(owned)
         self._spans = {id(buffer): _spans(buffer, owned, group) for buffer in buffers}
         held = {span.position for spans in self._spans.values() for span in spans}
         self.sees_all = held >= {index for index, param in enumerate(owned) if _is_optimized(param) and _numel(param)}
-        self._groups = ShardGroups(
+        self.groups = ShardGroups(
             [[group] if index in held else [] for index in range(len(owned))],
-            [f"{name or f'parameter {index}'} {_shape(owned[index])}" for index, name in enumerate(names)],
+            [name or f"parameter {index}" for index, name in enumerate(names)],
+            [str(_shape(param)) for param in owned],
         )
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ class ZeroReducer:
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce over the data-parallel group, of the rows of this call's buffers."""
-        return self._groups.reduce(sums, rows, present=present)
+        return self.groups.reduce(sums, rows, present=present)
 
     def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
         """None: every rank has the numbers of every logical tensor of a buffer."""

@@ -1,0 +1,263 @@
+"""That the ranks which step an optimizer together hold the same, and do the same with it.
+
+Ranks that share tensors compare lists at the first step, and in every step in which one of them holds another list or
+has other hyperparameters than before: see `ShardGroups`. Scope "model" and `max_grad_norm` take all parameters of an
+optimizer together, so that with them the ranks that share nothing are compared too, as far as they come: see `Peers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, ClassVar, NoReturn
+from weakref import WeakSet
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_tam.sharding.peers import Peers, Standing, find_peers
+from hf_tam.sharding.reducer import Reducer
+from hf_tam.sharding.stepped import Stepped, digest, no_sums
+from hf_tam.sharding.terms import LOADED, Row, Terms, compare
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from hf_tam.sharding.groups import ShardGroups
+
+__all__ = ["Agreement"]
+
+PATIENCE_S = 10.0
+"""How long a rank waits, once, for ranks that may be there for another purpose; who trains with it comes soon."""
+
+_PARTS = (
+    "ranks {mine} and {other} step different parameters, and scope='model' and max_grad_norm go over all parameters "
+    "of an optimizer together. Where the ranks hold parts of one model (stages of a pipeline, experts), use "
+    "scope='tensor', which is exact there, and clip before the step, by a norm over all ranks. Where each rank trains "
+    "a model of its own, say so: optimizer.attach(model, whole=True)"
+)
+_ZERO_REDUNDANCY = (
+    "ZeroRedundancyOptimizer hands each rank a part of the parameters, and scope='model' and max_grad_norm go over "
+    "all parameters of an optimizer together: use scope='tensor', which is exact there, and "
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before the step"
+)
+
+
+class Agreement:
+    """What one optimizer has agreed on with those of the other ranks.
+
+    Attributes:
+        alone: Whether the user has said that no other rank holds a part of this optimizer's model.
+    """
+
+    _unsettled: ClassVar[WeakSet[Agreement]] = WeakSet()
+
+    def __init__(self) -> None:
+        """Nothing is agreed on yet."""
+        self.alone = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._settled: dict[Reducer, object] = {}
+        self._layout: object = None
+        self._turn: int | None = None
+        self._steps = 0
+        self._unsettled.add(self)
+
+    def settle(self, stepped: Stepped) -> None:
+        """Compare with the other ranks where that is due; every step asks.
+
+        Communication: none in one process. Otherwise a few reads and writes of torch.distributed's store at the first
+        step, and a read at steps 2, 4, 8 and so on. Where tensors are cut, one all_gather_object in each shard group
+        at the first step; and again in a step in which the list of a rank has changed, with one all-reduce more.
+
+        Raises:
+            RuntimeError: The ranks hold different parameters, or would do different things with them.
+        """
+        if not _in_company():
+            return
+        before, steering = self._before(stepped), stepped.steering()
+        if self._settled.get(stepped.reducer) == steering and not stepped.tells:
+            self._look_again(stepped)
+            return
+        rows, cut = stepped.rows(), stepped.reducer.groups
+        layout = stepped.layout(rows)
+        if layout != self._layout or stepped.tells:
+            self._agree(stepped, rows, before)
+        elif cut is not None and before is not None:  # the same tensors, in other objects
+            cut.terms = before.terms
+        if not stepped.is_partitioned:
+            self._settled.clear()
+        self._settled[stepped.reducer], self._layout = steering, layout
+        self._unsettled.discard(self)
+
+    @contextlib.contextmanager
+    def telling(self, params: Sequence[Tensor], num_sums: int) -> Iterator[None]:
+        """If this rank cannot step `params`, tell the ranks that may wait for it why.
+
+        Communication: none, if it can. Otherwise that of a step in which the list has changed; a write to the store
+        before the first one.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if _in_company() and dist.get_backend() != "fake":
+                self._give_up(str(error), no_sums(params, num_sums))
+            raise
+
+    def _give_up(self, trouble: str, nothing: Tensor) -> None:
+        agreed = [reducer.groups for reducer in self._settled if reducer.groups is not None]
+        peers = find_peers()
+        if len(agreed) == 1 and agreed[0].terms is not None:
+            with contextlib.suppress(RuntimeError):
+                agreed[0].ask(agreed[0].terms, nothing, known=f"on rank {dist.get_rank()}: {trouble}")
+        elif peers is not None:
+            peers.tell(Standing(trouble=trouble))
+        self._forget()
+
+    def _before(self, stepped: Stepped) -> ShardGroups | None:
+        """The groups in which the ranks have agreed; after a refusal all of them begin anew."""
+        if stepped.is_partitioned:
+            cut = stepped.reducer.groups
+            return None if cut is None or cut.terms is None else cut
+        cut = next((reducer.groups for reducer in self._settled), None)
+        if cut is not None and cut.terms is None:
+            self._forget()
+            return None
+        return cut
+
+    def _agree(self, stepped: Stepped, rows: Sequence[Row], before: ShardGroups | None) -> None:
+        """Compare lists with those who share tensors with this rank, and where it matters with all."""
+        if dist.get_backend() == "fake":  # it only says that there are other processes
+            return
+        cut, terms, peers = stepped.reducer.groups, stepped.terms(rows), find_peers()
+        if before is not None:
+            before.ask(terms, stepped.no_sums())
+        held = [] if cut is None else list(cut.rows)
+        agreed = [group for group in held if before is not None and group in before.rows]
+        standing = Standing(
+            groups=[group.group_name for group in held],
+            last=self._is_last(),
+            kinds="" if self.alone else digest(row.kind.encode() for row in rows),
+            options=stepped.options(),
+        )
+        if peers is not None:
+            self._turn, self._steps = peers.tell(standing), 1
+        for group in [group for group in held if group not in agreed]:
+            trouble = self._come_together(group, terms, peers)
+            if trouble is not None:
+                self._refuse(trouble, stepped, terms, agreed)
+            agreed.append(group)
+        trouble = None if peers is None else self._compare_with_all(stepped, standing, peers)
+        if trouble:
+            self._refuse(trouble, stepped, terms, agreed)
+        if cut is not None:
+            cut.terms = terms._replace(facts={**terms.facts, LOADED: False})
+
+    def _come_together(self, group: ProcessGroup, terms: Terms, peers: Peers | None) -> str | None:
+        """What is wrong in a group whose ranks meet for the first time."""
+        trouble = None if peers is None or self._turn is None else peers.meet(group, self._turn)
+        if trouble is None:
+            try:
+                compare([group], terms)
+            except RuntimeError as error:
+                trouble = str(error)
+                if peers is not None and self._turn is not None:
+                    peers.condemn(self._turn, trouble)
+        return trouble
+
+    def _compare_with_all(self, stepped: Stepped, standing: Standing, peers: Peers) -> str | None:
+        """What is wrong with taking all parameters of this optimizer together, or with holding all of them whole."""
+        cut, turn = stepped.reducer.groups, self._turn
+        if turn is None or self.alone:
+            return None
+        if not stepped.takes_all:
+            if cut is not None or not _is_cut(stepped.module):
+                return None
+            # Others may step what is cut, and wait for this rank: then they say so, whatever it holds.
+            return peers.compare(turn, Standing(), "", different=_of_no_concern, seconds=PATIENCE_S)
+        if self._belongs_to_zero_redundancy():
+            return _ZERO_REDUNDANCY
+        if not standing.last or (cut is not None and any(group.size() == peers.world for group in cut.rows)):
+            return None
+
+        def different(rank: int, other: Standing | None) -> str:
+            if other is None:
+                return _PARTS.format(mine=peers.rank, other=rank)
+            return _other_options(peers.rank, standing, rank, other)
+
+        return peers.compare(turn, standing, stepped.values(), different=different, seconds=PATIENCE_S)
+
+    def _look_again(self, stepped: Stepped) -> None:
+        """Ask now and then whether somebody who came later has found something wrong."""
+        self._steps += 1
+        peers = find_peers()
+        if peers is None or self._turn is None or self._steps & (self._steps - 1):
+            return
+        trouble = peers.verdict(self._turn)
+        if trouble == "":
+            self._turn = None
+        elif trouble:
+            cut = stepped.reducer.groups
+            terms = Terms({}, {}) if cut is None or cut.terms is None else cut.terms
+            self._refuse(trouble, stepped, terms, [] if cut is None else list(cut.rows))
+
+    def _refuse(self, trouble: str, stepped: Stepped, terms: Terms, agreed: Sequence[ProcessGroup]) -> NoReturn:
+        """Raise, after telling the ranks that have agreed with this one and are about to sum."""
+        cut = stepped.reducer.groups
+        if cut is not None:
+            if agreed:
+                with contextlib.suppress(RuntimeError):
+                    cut.ask(terms, stepped.no_sums(), known=trouble, groups=agreed)
+            cut.terms = None
+        self._forget()
+        raise RuntimeError(trouble)
+
+    def _is_last(self) -> bool:
+        """Whether no other optimizer of this process waits for its first step."""
+        if len(self._unsettled - {self}):
+            gc.collect()  # one that is gone may wait in a cycle of references
+        return not self._unsettled - {self}
+
+    def _belongs_to_zero_redundancy(self) -> bool:
+        module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+        kind = getattr(module, "ZeroRedundancyOptimizer", None)
+        # Nothing leads from an optimizer to who steps it.
+        return kind is not None and any(
+            isinstance(found, kind) and getattr(found.optim, "_agreement", None) is self
+            for found in gc.get_objects()
+            if issubclass(type(found), kind)
+        )
+
+
+def _in_company() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_cut(module: nn.Module | None) -> bool:
+    params = () if module is None else module.parameters()
+    return any(hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False) for param in params)
+
+
+def _of_no_concern(rank: int, other: Standing | None) -> str:
+    return ""
+
+
+def _other_options(mine: int, standing: Standing, rank: int, other: Standing) -> str:
+    """The first hyperparameter that differs, where two ranks step the same parameters."""
+    nothing: dict[str, object] = {}
+    name, value, others = next(
+        (name, left.get(name), right.get(name))
+        for left, right in zip_longest(standing.options, other.options, fillvalue=nothing)
+        for name in {**left, **right}
+        if left.get(name) != right.get(name)
+    )
+    return (
+        f"ranks {mine} and {rank} step the same parameters with different values of {name}, {value!r} and {others!r}: "
+        "give the optimizer the same arguments on every rank. Where each rank trains a model of its own, say so: "
+        "optimizer.attach(model, whole=True)"
+    )
