@@ -60,18 +60,13 @@ class LogicalTensors:
             if not is_partitioned(self._owned.in_order()):  # selecting anew communicates under ZeRO, here alone
                 self._selected.clear()
 
-    @property
-    def module(self) -> nn.Module | None:
-        """The attached module, if any."""
-        return None if self._module is None else self._module()
-
     def select(self, params: list[Tensor], groups: Sequence[dict[str, Any]]) -> Reducer:
         """The reducer for `params`, all that stand in `groups`; found anew when they are others than before."""
         key = tuple(map(id, params))
         known = self._selected.get(key)
         if known is not None and known.serves(params):
             return known.reducer
-        module = self.module
+        module = None if self._module is None else self._module()
         if module is not None:  # FSDP2 puts other parameters in the module's place
             self._owned.add_named(_named_parameters(module))
         reducer = select_reducer(params, self._owned, names=self.names(groups), module=module)

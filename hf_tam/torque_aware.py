@@ -213,8 +213,8 @@ class TorqueAware(Optimizer, ABC):
     def _select_reducer(self) -> Reducer:
         with self._agreement.telling(list(self._params()), NUM_SUMS):
             reducer = self._logical.select(list(self._params()), self.param_groups)
-        loaded, fresh, module = self._just_loaded, not self.state, self._logical.module
-        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh, module, NUM_SUMS))
+        loaded, fresh = self._just_loaded, not self.state
+        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh, NUM_SUMS))
         if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):
             raise RuntimeError(
                 "scope='model' takes one angle over all parameters, but DeepSpeed hands over a part of them at a time "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn
 from weakref import WeakSet
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_tam.sharding.peers import Peers, Standing, find_peers
 from hf_tam.sharding.reducer import Reducer
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from hf_tam.sharding.groups import ShardGroups
 
 __all__ = ["Agreement"]
-
-PATIENCE_S = 10.0
-"""How long a rank waits, once, for ranks that may be there for another purpose; who trains with it comes soon."""
 
 _PARTS = (
     "ranks {mine} and {other} step different parameters, and scope='model' and max_grad_norm go over all parameters "
@@ -53,11 +50,12 @@ class Agreement:
         alone: Whether the user has said that no other rank holds a part of this optimizer's model.
     """
 
-    _unsettled: ClassVar[WeakSet[Agreement]] = WeakSet()
+    _unstepped: ClassVar[WeakSet[Agreement]] = WeakSet()
 
     def __init__(self) -> None:
         """Nothing is agreed on yet."""
         self.alone = False
+        self._unstepped.add(self)
         self._forget()
 
     def _forget(self) -> None:
@@ -65,7 +63,6 @@ class Agreement:
         self._layout: object = None
         self._turn: int | None = None
         self._steps = 0
-        self._unsettled.add(self)
 
     def settle(self, stepped: Stepped) -> None:
         """Compare with the other ranks where that is due; every step asks.
@@ -79,20 +76,20 @@ class Agreement:
         """
         if not _in_company():
             return
-        before, steering = self._before(stepped), stepped.steering()
-        if self._settled.get(stepped.reducer) == steering and not stepped.tells:
+        before, steering, cut = self._before(stepped), stepped.steering(), stepped.reducer.groups
+        is_agreed = cut is None or cut.terms is not None
+        if is_agreed and self._settled.get(stepped.reducer) == steering and not stepped.tells:
             self._look_again(stepped)
             return
-        rows, cut = stepped.rows(), stepped.reducer.groups
+        rows = stepped.rows()
         layout = stepped.layout(rows)
-        if layout != self._layout or stepped.tells:
+        if layout != self._layout or stepped.is_partitioned or stepped.tells:
             self._agree(stepped, rows, before)
         elif cut is not None and before is not None:  # the same tensors, in other objects
             cut.terms = before.terms
         if not stepped.is_partitioned:
             self._settled.clear()
         self._settled[stepped.reducer], self._layout = steering, layout
-        self._unsettled.discard(self)
 
     @contextlib.contextmanager
     def telling(self, params: Sequence[Tensor], num_sums: int) -> Iterator[None]:
@@ -109,6 +106,7 @@ class Agreement:
             raise
 
     def _give_up(self, trouble: str, nothing: Tensor) -> None:
+        self._unstepped.discard(self)
         agreed = [reducer.groups for reducer in self._settled if reducer.groups is not None]
         peers = find_peers()
         if len(agreed) == 1 and agreed[0].terms is not None:
@@ -133,16 +131,20 @@ class Agreement:
         """Compare lists with those who share tensors with this rank, and where it matters with all."""
         if dist.get_backend() == "fake":  # it only says that there are other processes
             return
+        self._unstepped.discard(self)
         cut, terms, peers = stepped.reducer.groups, stepped.terms(rows), find_peers()
         if before is not None:
             before.ask(terms, stepped.no_sums())
         held = [] if cut is None else list(cut.rows)
         agreed = [group for group in held if before is not None and group in before.rows]
+        takes_all = stepped.takes_all and not self.alone
         standing = Standing(
             groups=[group.group_name for group in held],
-            last=self._is_last(),
-            kinds="" if self.alone else digest(row.kind.encode() for row in rows),
+            last=not self._unstepped,
+            kinds=digest(row.kind.encode() for row in rows),
+            values=stepped.values() if takes_all else "",
             options=stepped.options(),
+            takes_all=takes_all,
         )
         if peers is not None:
             self._turn, self._steps = peers.tell(standing), 1
@@ -169,27 +171,26 @@ class Agreement:
                     peers.condemn(self._turn, trouble)
         return trouble
 
-    def _compare_with_all(self, stepped: Stepped, standing: Standing, peers: Peers) -> str | None:
-        """What is wrong with taking all parameters of this optimizer together, or with holding all of them whole."""
-        cut, turn = stepped.reducer.groups, self._turn
-        if turn is None or self.alone:
-            return None
-        if not stepped.takes_all:
-            if cut is not None or not _is_cut(stepped.module):
-                return None
-            # Others may step what is cut, and wait for this rank: then they say so, whatever it holds.
-            return peers.compare(turn, Standing(), "", different=_of_no_concern, seconds=PATIENCE_S)
-        if self._belongs_to_zero_redundancy():
+    def _compare_with_all(self, stepped: Stepped, mine: Standing, peers: Peers) -> str | None:
+        """What is wrong with what the ranks do that share nothing with this one."""
+        cut = stepped.reducer.groups
+        if mine.takes_all and self._belongs_to_zero_redundancy():
             return _ZERO_REDUNDANCY
-        if not standing.last or (cut is not None and any(group.size() == peers.world for group in cut.rows)):
+        # Who shares tensors with all ranks, or with some and wants nothing of the others, has compared what matters.
+        among_all = cut is not None and any(group.size() == peers.world for group in cut.rows)
+        if self._turn is None or self.alone or not mine.last or among_all or (cut is not None and not mine.takes_all):
             return None
 
-        def different(rank: int, other: Standing | None) -> str:
-            if other is None:
-                return _PARTS.format(mine=peers.rank, other=rank)
-            return _other_options(peers.rank, standing, rank, other)
+        def different(rank: int, told: Standing) -> str | None:
+            if mine.kinds == told.kinds and mine.options != told.options and (mine.takes_all or told.takes_all):
+                return _other_options(peers.rank, mine, rank, told)
+            if mine.takes_all and told.takes_all:
+                others = mine.values and told.values and mine.values != told.values
+                if mine.kinds != told.kinds or others:
+                    return _PARTS.format(mine=peers.rank, other=rank)
+            return None
 
-        return peers.compare(turn, standing, stepped.values(), different=different, seconds=PATIENCE_S)
+        return peers.compare(self._turn, mine, different)
 
     def _look_again(self, stepped: Stepped) -> None:
         """Ask now and then whether somebody who came later has found something wrong."""
@@ -216,12 +217,6 @@ class Agreement:
         self._forget()
         raise RuntimeError(trouble)
 
-    def _is_last(self) -> bool:
-        """Whether no other optimizer of this process waits for its first step."""
-        if len(self._unsettled - {self}):
-            gc.collect()  # one that is gone may wait in a cycle of references
-        return not self._unsettled - {self}
-
     def _belongs_to_zero_redundancy(self) -> bool:
         module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
         kind = getattr(module, "ZeroRedundancyOptimizer", None)
@@ -238,26 +233,17 @@ def _in_company() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _is_cut(module: nn.Module | None) -> bool:
-    params = () if module is None else module.parameters()
-    return any(hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False) for param in params)
-
-
-def _of_no_concern(rank: int, other: Standing | None) -> str:
-    return ""
-
-
-def _other_options(mine: int, standing: Standing, rank: int, other: Standing) -> str:
+def _other_options(rank: int, mine: Standing, other_rank: int, other: Standing) -> str:
     """The first hyperparameter that differs, where two ranks step the same parameters."""
     nothing: dict[str, object] = {}
     name, value, others = next(
         (name, left.get(name), right.get(name))
-        for left, right in zip_longest(standing.options, other.options, fillvalue=nothing)
+        for left, right in zip_longest(mine.options, other.options, fillvalue=nothing)
         for name in {**left, **right}
         if left.get(name) != right.get(name)
     )
     return (
-        f"ranks {mine} and {rank} step the same parameters with different values of {name}, {value!r} and {others!r}: "
-        "give the optimizer the same arguments on every rank. Where each rank trains a model of its own, say so: "
-        "optimizer.attach(model, whole=True)"
+        f"ranks {rank} and {other_rank} step the same parameters with different values of {name}, {value!r} and "
+        f"{others!r}: give the optimizer the same arguments on every rank. Where each rank trains a model of its own, "
+        "say so: optimizer.attach(model, whole=True)"
     )

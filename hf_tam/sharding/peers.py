@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Peers", "Standing", "find_peers"]
 
+PATIENCE_S = 10.0
+"""How long to wait, once, for ranks that may be there for another purpose; who trains together comes soon."""
+SHORT_PATIENCE_S = 2.0
+"""The same where a difference would be no matter for this rank, but may be for another."""
 _WATCHED = 8
 """Of how many ranks each one looks where they are; all together see to all, and the store has not much to do."""
 _COME = "all have come"
@@ -30,15 +34,19 @@ class Standing(NamedTuple):
     Attributes:
         groups: The names of the process groups over which its parameters are cut.
         last: Whether no other optimizer of this process waits for its first step.
-        kinds: A digest of the shapes and dtypes of its parameters; empty where they are nobody else's concern.
+        kinds: A digest of the shapes and dtypes of its parameters.
+        values: A digest of their values, where it takes all of them together and they tell whose they are.
         options: The hyperparameters on which all ranks must agree, those of each param group.
+        takes_all: Whether anything is taken over all parameters together.
         trouble: Why it cannot be stepped at all.
     """
 
     groups: Sequence[str] = ()
     last: bool = True
     kinds: str = ""
+    values: str = ""
     options: Sequence[Mapping[str, Any]] = ()
+    takes_all: bool = False
     trouble: str | None = None
 
 
@@ -57,6 +65,7 @@ class Peers:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._store = store
         self._turns = 0
+        self._is_patient = True
         self._meetings: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 
     def tell(self, standing: Standing) -> int:
@@ -78,48 +87,32 @@ class Peers:
         key = f"hf_tam/{turn}/verdict"
         return str(self._store.get(key).decode()) if self._has(key) else None
 
-    def compare(
-        self,
-        turn: int,
-        mine: Standing,
-        digest: str,
-        *,
-        different: Callable[[int, Standing | None], str],
-        seconds: float,
-    ) -> str | None:
-        """Whether all ranks hold the same, as far as they come to this turn within `seconds`.
+    def compare(self, turn: int, mine: Standing, different: Callable[[int, Standing], str | None]) -> str | None:
+        """Whether all ranks do the same, as far as they come to this turn in time.
 
-        A few reads and writes of the store; no rank waits for longer.
+        A few reads and writes of the store. A rank that takes all parameters together waits for the others for
+        `PATIENCE_S`, any other for a moment, and never again once nobody came.
 
         Args:
             turn: That of the optimizer.
-            mine: What this rank has said of it.
-            digest: Of the values of its parameters; empty where they do not tell.
-            different: Says what is wrong if another rank, whose number it is given, holds something else; or the
-                same, with the other options that it has said it has.
-            seconds: How long to wait for ranks that have not come.
+            mine: What this rank has told.
+            different: Says what is wrong, if anything, when another rank, whose number it is given, has told that.
 
         Returns:
             As `verdict`.
         """
         prefix = f"hf_tam/{turn}"
-        self._store.set(f"{prefix}/{self.rank}/digest", json.dumps([mine.kinds, digest]))
         first = int(self._first(f"{prefix}/first", str(self.rank)))  # with whom all compare
-        kinds, values = json.loads(self._store.get(f"{prefix}/{first}/digest"))
-        if kinds != mine.kinds or (values and digest and values != digest):
-            self.condemn(turn, different(first, None))
+        told = self._standing(first, turn)
+        trouble = None if told is None else different(first, told)
+        if trouble is not None:
+            self.condemn(turn, trouble)
         elif self._store.add(f"{prefix}/same", 1) == self.world:
             self._store.set(f"{prefix}/verdict", "")
-        watched = {first, *self._after(range(self.world))} - {self.rank}
-
-        def look() -> str | None:
-            for rank in watched:  # who takes no part in this comparison has said no more than this
-                other = self._standing(rank, turn)
-                if other and mine.kinds and other.kinds == mine.kinds and other.options != mine.options:
-                    self.condemn(turn, different(rank, other))
-            return self.verdict(turn)
-
-        return _until(look, seconds)
+        seconds = PATIENCE_S if mine.takes_all else SHORT_PATIENCE_S if self._is_patient else 0.0
+        found = _until(lambda: self.verdict(turn), seconds)
+        self._is_patient = self._is_patient and found is not None
+        return found
 
     def meet(self, group: ProcessGroup, turn: int) -> str | None:
         """Wait until every rank of `group` is here, so that a collective is not waited for in vain.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_tam import update
 from hf_tam.sharding.reducer import Reducer, WholeParameters
@@ -33,7 +34,6 @@ class Stepped(NamedTuple):
         coupled: Whether weight decay is part of the gradient.
         loaded: Whether a state was loaded since the last step.
         fresh: Whether it has no state yet.
-        module: The attached module, if any.
         num_sums: How many sums are taken of each tensor.
     """
 
@@ -42,7 +42,6 @@ class Stepped(NamedTuple):
     coupled: bool
     loaded: bool
     fresh: bool
-    module: nn.Module | None
     num_sums: int
 
     @property
@@ -79,14 +78,14 @@ class Stepped(NamedTuple):
         """The compared hyperparameters, each combination once."""
         found: list[dict[str, Any]] = []
         for group in self.groups:
-            options = {key: group[key] for key in _COMPARED}
+            options = {key: _plain(group[key]) for key in _COMPARED}
             if options not in found:
                 found.append(options)
         return found
 
     def rows(self) -> list[Row]:
         """Every logical tensor."""
-        options = [{key: group[key] for key in _COMPARED} for group in self.groups for _ in group["params"]]
+        options = [{key: _plain(group[key]) for key in _COMPARED} for group in self.groups for _ in group["params"]]
         cut = self.reducer.groups
         if cut is None:
             return [Row("", _kind(param), some) for param, some in zip(self.params, options, strict=True)]
@@ -142,6 +141,11 @@ def _sample(param: Tensor) -> bytes:
     elements = param.detach().reshape(-1)[:: max(1, param.numel() // _SAMPLES)]
     values = torch.view_as_real(elements) if elements.is_complex() else elements
     return _kind(param).encode() + values.to("cpu", torch.float64).numpy().tobytes()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries as Python's, to be written to the store."""
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) else value
 
 
 def _kind(param: Tensor) -> str:
