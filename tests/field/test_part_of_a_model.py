@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hf_tam
 from hf_tam.sharding import peers
 from tests.field.test_ranks_that_disagree import SOON_S, assert_all_refused, outcome
+from tests.sharding.zero_engine import import_deepspeed
 
 # One worker runs all distributed tests.
 pytestmark = pytest.mark.distributed
@@ -366,3 +367,38 @@ def test_several_optimizers_over_one_model(train, arguments):
     assert result["tensors"] == 8
     assert result["torque"] <= TORQUE
     assert result["parameters"] <= PARAMETERS
+
+
+def deepspeed_pipeline(options):
+    """DeepSpeed's PipelineModule, two stages."""
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_backend="gloo")
+    layers = [nn.Sequential(layer, nn.Tanh()) for layer in Model().layers.values()]
+    module = deepspeed.pipe.PipelineModule(layers, num_stages=2, loss_fn=loss_of, partition_method="uniform")
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.05, **options)
+    config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "train_batch_size": 8}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    assert engine.optimizer is optimizer
+    halves = (half for step in range(STEPS) for half in batch_of(step).chunk(2))
+    for _ in range(STEPS):
+        engine.train_batch(data_iter=((half, target_of(half)) for half in halves))
+    first = 2 * engine.stage_id
+    stage = Model(first, first + 2)
+    for mine, held in zip(stage.parameters(), module.parameters(), strict=True):
+        mine.data, optimizer.state[mine] = held.data, optimizer.state.pop(held)
+    return distance(numbers(stage, [optimizer]), twin(options))
+
+
+def test_the_stages_of_deepspeed_with_an_angle_a_tensor(worlds):
+    pytest.importorskip("deepspeed")
+    for result in worlds(2, "parts").run(deepspeed_pipeline, {}):
+        assert result["tensors"] == 4
+        assert result["torque"] <= TORQUE, result
+        assert result["parameters"] <= PARAMETERS, result
+
+
+@pytest.mark.parametrize("options", TOGETHER)
+def test_the_stages_of_deepspeed_with_all_parameters_together(worlds, options):
+    pytest.importorskip("deepspeed")
+    results = worlds(2, "parts").run(outcome, deepspeed_pipeline, options)
+    assert_all_refused(results, "step different parameters", "stages of a pipeline", "use scope='tensor'")
