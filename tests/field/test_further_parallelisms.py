@@ -1,18 +1,32 @@
 """Ways of sharding that are less often met, each beside its unsharded twin."""
 
 import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import hf_tam
 from hf_tam.sharding import Reduced
 from hf_tam.sharding.groups import ShardGroups
-from tests.sharding import comparing, strategies
+from tests.sharding import checkpoints, comparing, strategies
+from tests.sharding import framework_runs as runs
 from tests.sharding.test_equivalence import PARAMETERS, TORQUE
+from tests.sharding.test_two_agents import free_port
 
 # One worker runs all distributed tests.
 pytestmark = pytest.mark.distributed
@@ -179,3 +193,111 @@ def test_experts_on_several_ranks(worlds, saved_experts, sizes, axes):
         assert {tuple(calls) for calls in result["calls"]} == {("all_reduce",) * axes}, result
     results = world.run(expert_parallel, saved_experts, sizes, {}, True)
     assert max(result["torque"] for result in results) > 100 * TORQUE, results
+
+
+def context_parallel(shards, optim, scope, cut=False):
+    """Through `Accelerator.prepare`: parameters are cut over the ranks that share a sequence, too.
+
+    Each rank is given rows of its own: torch 2.13 has no ring attention for the CPU.
+    """
+    from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    world = dist.get_world_size()
+    with runs.strategy(runs.WAYS["fsdp2"]):
+        accelerator = Accelerator(
+            gradient_accumulation_steps=runs.ACCUMULATED,
+            parallelism_config=ParallelismConfig(dp_shard_size=shards, cp_size=world // shards),
+            fsdp_plugin=FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            ),
+        )  # fmt: skip
+        model = runs.model_of(False)
+        model, optimizer = accelerator.prepare(model, runs.loop_optimizer(model, optim, scope))
+        ours, calls = runs.unwrapped_twice(optimizer), []
+        with comparing.counted(calls, ours), reducing(not cut):
+            runs.loop(model, optimizer, accelerator=accelerator, shard=(dist.get_rank(), world))
+        meshes = {param.device_mesh.mesh_dim_names for param in model.parameters()}
+        return meshes, [called for called, _ in calls], runs.outcome(ours, model, runs.WAYS["fsdp2"])
+
+
+@pytest.mark.parametrize(
+    ("world", "shards", "optim", "scope"),
+    [(2, 1, "adatamw", "tensor"), pytest.param(4, 2, "tam", "model", marks=pytest.mark.slow)],
+)
+def test_the_mesh_of_context_parallelism(worlds, world, shards, optim, scope):
+    expected = runs.accelerator_twin(optim, scope, False)
+    for meshes, calls, result in worlds(world).run(context_parallel, shards, optim, scope):
+        assert meshes == {("dp_shard_cp",)}
+        assert calls == ["all_gather_object"] + ["all_reduce"] * runs.STEPS
+        assert result["kind"] == "DTensor"
+        assert result["torque"] == pytest.approx(expected["torque"], abs=TORQUE)
+        for name, values in expected["parameters"].items():
+            whole, found = torch.tensor(values), torch.tensor(result["parameters"][name])
+            assert (found - whole).abs().max() <= PARAMETERS * whole.abs().max(), name
+    for _, _, result in worlds(world).run(context_parallel, shards, optim, scope, True):
+        missed = max(abs(value - expected["torque"][name]) for name, value in result["torque"].items())
+        assert missed > 100 * TORQUE
+
+
+def saved_while_training(folder, name):
+    """A checkpoint that is written in the background, while the next steps are taken; and a run resumed from it."""
+    model, optimizer = checkpoints.build(name, "AdaTAMW", unused=False)
+    checkpoints.train(model, optimizer, 0, checkpoints.SAVED_AT)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    # In a process group of its own: the thread that writes must not take part in the collectives of training.
+    writing = dcp.async_save(state, checkpoint_id=folder, process_group=dist.new_group(backend="gloo"))
+    checkpoints.train(model, optimizer, checkpoints.SAVED_AT, checkpoints.STOPPED_AT)
+    expected = checkpoints.snapshot(model, optimizer)
+    writing.result()
+    model, optimizer = checkpoints.build(name, "AdaTAMW", unused=False, moved=True)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    checkpoints.train(model, optimizer, checkpoints.SAVED_AT, checkpoints.STOPPED_AT)
+    found = checkpoints.snapshot(model, optimizer)
+    return sorted({name.rpartition(".")[2] for name in found}), checkpoints.differences(found, expected)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp", pytest.param("fsdp2-offload", marks=pytest.mark.slow)])
+def test_an_asynchronous_save(worlds, tmp_path, name):
+    """What the steps after it do to the states must not get into it."""
+    for states, different in worlds(2).run(saved_while_training, str(tmp_path / "saved"), name):
+        assert {"torque", "step", "exp_avg", "exp_avg_scale", "exp_avg_sq", "value"} <= set(states)
+        assert different == []
+
+
+def trained_through(name):
+    model, optimizer = checkpoints.build(name, "AdaTAMW")
+    checkpoints.train(model, optimizer, 0, checkpoints.STOPPED_AT)
+    return checkpoints.snapshot(model, optimizer)
+
+
+@pytest.mark.slow
+def test_a_job_that_torchrun_starts_again(worlds, tmp_path):
+    """A rank is killed in the middle; the run that torchrun starts in its place ends as if nothing had happened."""
+    rendezvous = [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_backend=c10d", "--rdzv_id=test", "--nnodes=1",
+                  "--nproc_per_node=2", "--max-restarts=1", "--local_addr=127.0.0.1"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, str(Path(__file__).with_name("elastic.py"))]
+    # The store that torchrun shares with the processes still holds the addresses of the dead ones after a restart, so
+    # that none of torch's process groups starts (torch 2.13, https://github.com/pytorch/pytorch/issues/135712).
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agent = subprocess.Popen(
+        [*command, str(tmp_path), "fsdp2"], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = agent.communicate(timeout=400)
+    finally:
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+    assert agent.returncode == 0, output[-3000:]
+    saved = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert saved["attempt"] == 1
+    expected = worlds(2).run(trained_through, "fsdp2")[0]
+    assert any(name.endswith("torque") for name in expected)
+    assert checkpoints.differences(saved["tensors"], expected) == []
