@@ -43,7 +43,6 @@ class ShardGroups:
         self._num_rows = len(groups)
         self._last: tuple[object, tuple[Tensor, Tensor]] | None = None
         self._group_indices: dict[tuple[ProcessGroup, torch.device], Tensor] = {}
-        self._heard: Tensor | None = None
         for row, cut_over in enumerate(groups):
             for group in cut_over:
                 self.rows.setdefault(group, []).append(row)
@@ -62,7 +61,6 @@ class ShardGroups:
         Raises:
             RuntimeError: The lists were compared, and differ.
         """
-        self._refuse_what_was_heard()
         at, marks = self._indices(tuple(rows), tuple(present), sums)
         asked = [1.0]
         while any(asked):
@@ -75,7 +73,7 @@ class ShardGroups:
         only_marks = result[:, -1] < _MOST_RANKS * torch.finfo(sums.dtype).tiny
         result[:, -1] = torch.where(only_marks, 0.0, result[:, -1])
         if not _is_readable(sums):
-            somewhere = somewhere & self._hear(every[-1, -1])
+            somewhere = somewhere & (every[-1, -1] == 0.0)  # where somebody asked nothing is updated
         return Reduced(result, somewhere)
 
     def ask(
@@ -97,7 +95,8 @@ class ShardGroups:
             groups: Those whose ranks have agreed; None: all.
 
         Raises:
-            RuntimeError: The lists differ. Or, on an accelerator, not every rank asked: the others do not look.
+            RuntimeError: The lists differ. Or not every rank asked, on an accelerator: the others do not wait for it
+                to look, and update nothing in this step.
         """
         every = like.new_zeros(self._num_rows + 1, like.shape[1])
         every[-1, -1] = 1.0
@@ -106,7 +105,8 @@ class ShardGroups:
         everybody = list(accumulate((group.size() for group in groups), operator.mul))
         if not _is_readable(every) and asked != everybody:
             raise RuntimeError(
-                f"the parameters of this optimizer, or its arguments, were changed on this rank and not on {_NOT_ALL}"
+                "the parameters of this optimizer, or its arguments, were changed on this rank, and not on every rank "
+                "with which it shares them: change them on every rank before the same step"
             )
         self._compare(groups, asked, mine, known)
 
@@ -144,22 +144,6 @@ class ShardGroups:
             compare(asking, mine, known=known)
             self.terms = before
 
-    def _hear(self, asked: Tensor) -> Tensor:
-        """Begin to bring the number of those who asked to the host, which looks in the next step, and never waits."""
-        if self._heard is None and asked.device.type == "cuda":
-            self._heard = torch.zeros((), dtype=asked.dtype, pin_memory=True)
-        if self._heard is not None:
-            self._heard.copy_(asked, non_blocking=True)
-        return asked == 0.0  # nothing is updated in a step in which somebody asked
-
-    def _refuse_what_was_heard(self) -> None:
-        if self._heard is not None and self._heard.numpy().any():
-            self._heard.zero_()
-            raise RuntimeError(
-                "the parameters of this optimizer, or its arguments, were changed on another rank before the last "
-                f"step, which has changed nothing here, and not on {_NOT_ALL}"
-            )
-
     # Making a tensor of Python numbers on an accelerator waits for it, so indices are kept until they change.
     def _indices(self, rows: tuple[int, ...], present: tuple[bool, ...], sums: Tensor) -> tuple[Tensor, Tensor]:
         key = (rows, present, sums.device)
@@ -175,9 +159,6 @@ class ShardGroups:
             rows = [*self.rows[group], self._num_rows]
             self._group_indices[group, device] = torch.tensor(rows, dtype=torch.int64, device=device)
         return self._group_indices[group, device]
-
-
-_NOT_ALL = "every rank with which it shares them: change them on every rank before the same step"
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -54,10 +54,10 @@ def target_of(batch):
     return batch[:, :2].sin()
 
 
-def twin(options, clip=None):
+def twin(options, clip=None, groups=nn.Module.parameters):
     """One process with the whole model: parameters and torques by name."""
     model = Model()
-    optimizer = hf_tam.AdaTAMW(model.named_parameters(), lr=0.05, **options)
+    optimizer = hf_tam.AdaTAMW(groups(model), lr=0.05, **options)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model(batch_of(step)), target_of(batch_of(step))).backward()
@@ -120,13 +120,21 @@ def test_zero_redundancy_optimizer_with_all_parameters_together(worlds, options)
                        "torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before the step")  # fmt: skip
 
 
+def with_decay(model):
+    """Two param groups whose parameters come in turns."""
+    params = list(model.parameters())
+    return [
+        {"params": [param for param in params if param.ndim > 1], "weight_decay": 0.1},
+        {"params": [param for param in params if param.ndim == 1], "weight_decay": 0.0, "lr": 0.02},
+    ]
+
+
 def resumed_zero_redundancy(folder):
     """Stopped after four steps and taken up by other objects, through `consolidate_state_dict`."""
-    model = DistributedDataParallel(Model())
 
     def start(seed):
         model = DistributedDataParallel(Model(seed=seed))
-        return model, ZeroRedundancyOptimizer(model.parameters(), hf_tam.AdaTAMW, lr=0.05)
+        return model, ZeroRedundancyOptimizer(with_decay(model), hf_tam.AdaTAMW, lr=0.05)
 
     def train(first, last):
         for step in range(first, last):
@@ -145,7 +153,7 @@ def resumed_zero_redundancy(folder):
     model.load_state_dict(weights)
     optimizer.load_state_dict(states)
     train(4, STEPS)
-    return distance(numbers(model, [optimizer.optim]), twin({}))
+    return distance(numbers(model, [optimizer.optim]), twin({}, groups=with_decay))
 
 
 def test_zero_redundancy_optimizer_resumed(worlds, tmp_path):
@@ -257,6 +265,23 @@ def test_an_actor_here_and_a_critic_there_with_an_angle_a_tensor(worlds):
     worlds(2, "parts").run(actor_and_critic, {}, None)
 
 
+def two_models(options, attach):
+    """Four ranks, two models, each sharded over the two ranks that train it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "shard"))
+    model = fully_shard(Model() if mesh.get_local_rank("model") == 0 else nn.Linear(5, 2), mesh=mesh["shard"])
+    return trained(model, options, attach=attach)
+
+
+def test_two_models_on_two_halves_of_the_ranks(worlds):
+    """They share no tensor and no group."""
+    first, second, *others = worlds(4, "parts").run(two_models, {}, None)
+    assert first == second != others[0] == others[1]
+    results = worlds(4, "parts").run(outcome, two_models, TOGETHER[0], None)
+    assert_all_refused(results, "step different parameters", "optimizer.attach(model, whole=True)")
+    first, second, *others = worlds(4, "parts").run(two_models, TOGETHER[0], True)
+    assert first == second != others[0] == others[1]
+
+
 def other_options_for_the_same_model(options):
     return trained(DistributedDataParallel(Model()), options[dist.get_rank()])
 
@@ -341,6 +366,33 @@ def backward_hooks():
         loss_of(model(batch_of(step)), target_of(batch_of(step))).backward()
     optimizers = [optimizer for param in model.parameters() for optimizer in param._in_backward_optimizers]
     return distance(numbers(model, optimizers), twin({}))
+
+
+def hooks_of_sharded_parameters():
+    """The same where the parameters are sharded: each optimizer sums over the ranks while the gradients are taken."""
+    model = Model()
+    for layer in model.layers.values():
+        fully_shard(layer)
+    fully_shard(model)
+    optimizers = {param: hf_tam.AdaTAMW([param], lr=0.05) for param in model.parameters()}
+
+    def step(param):
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(step)
+    for number in range(STEPS):
+        rows = batch_of(number).chunk(dist.get_world_size())[dist.get_rank()]
+        loss_of(model(rows), target_of(rows)).backward()
+    return distance(whole(numbers(model, optimizers.values())), twin({}))
+
+
+def test_optimizers_in_backward_hooks_of_sharded_parameters(worlds):
+    for result in worlds(2, "parts").run(hooks_of_sharded_parameters):
+        assert result["tensors"] == 8
+        assert result["torque"] <= TORQUE, result
+        assert result["parameters"] <= PARAMETERS, result
 
 
 def one_each(size):

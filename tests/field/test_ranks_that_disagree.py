@@ -2,15 +2,19 @@
 
 import re
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import hf_tam
+from hf_tam.sharding import groups
 from tests.sharding import comparing, strategies
-from tests.sharding.trained import Model, loss_of
+from tests.sharding.trained import Model, batches_of_steps, loss_of
 
 # One worker runs all distributed tests.
 pytestmark = pytest.mark.distributed
@@ -86,6 +90,22 @@ def test_attached_on_one_rank_only(worlds, name, when):
     assert calls == other_calls == ["all_reduce"]
     assert torque == other_torque
     assert any(torque)
+
+
+def deepspeed_attached_on_rank_0():
+    trained = strategies.SHARDINGS["zero2-2"].start(Model(False), "AdaTAMW", {}, 1)
+    around, calls = nn.ModuleList([trained.module]), []
+    for step, batches in enumerate(batches_of_steps()[:3]):
+        if step == 1 and rank() == 0:
+            trained.optimizer.attach(around)
+        with comparing.counted(calls, trained.optimizer):
+            trained.step(batches, step, use=step)
+    return [called for called, _ in calls][-2:]
+
+
+def test_deepspeed_attached_on_one_rank_only(worlds):
+    pytest.importorskip("deepspeed")
+    assert worlds(2, "disagree").run(deepspeed_attached_on_rank_0) == [["all_reduce", "all_reduce"]] * 2
 
 
 def fsdp1_attached_on_rank_0():
@@ -272,6 +292,30 @@ def test_one_of_four_ranks(worlds, name):
     assert [message for _, (message, _) in results] == [None] * 4
 
 
+def a_chain_of_groups():
+    """Ranks 0 and 1 share a tensor, and ranks 1 and 2 another, which rank 2 has left out."""
+    meshes = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [1, 2])]
+    params = [
+        nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False))
+        for mesh in meshes
+        if rank() in mesh.mesh.tolist()
+    ]
+    if rank() >= 2:
+        params = [nn.Parameter(torch.ones(3))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    result = outcome(hf_tam.AdaTAMW(params, lr=0.1).step)
+    dist.barrier()
+    return result
+
+
+def test_a_rank_that_has_agreed_already_is_told(worlds):
+    """Rank 0 knows nothing of rank 2, and waits for rank 1 in the sum of its own step."""
+    *results, other = worlds(4, "disagree").run(a_chain_of_groups)
+    assert_all_refused(results, "the optimizer of rank 2 holds none of the parameters that are cut over ranks [1, 2]")
+    assert other[1] < SOON_S
+
+
 def loaded_on(ranks):
     module = shard("fsdp1-full_shard-2")
     optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.1)
@@ -309,6 +353,40 @@ def test_a_parameter_that_one_rank_cannot_step(worlds):
     assert_all_refused([first for first, _ in results], "FSDP1 put it in a flat parameter")
     assert results[0][0][0].startswith("on rank 1: ")
     assert [message for _, (message, _) in results] == [None, None]
+
+
+def on_an_accelerator(adding):
+    """As `grown_on`, where looking at a number would wait for a device, so that who has not asked does not look."""
+    module = shard("fsdp2-reshard-True-2")
+    named = dict(module.named_parameters())
+    optimizer = hf_tam.AdaTAMW([param for name, param in named.items() if "up." not in name], lr=0.1)
+    optimizer.attach(module)
+    with mock.patch.object(groups, "_is_readable", return_value=False):
+        steps(module, optimizer, 2)
+        if rank() in adding:
+            optimizer.add_param_group({"params": [param for name, param in named.items() if "up." in name]})
+        before = held(optimizer)
+        message, _ = outcome(steps, module, optimizer)
+        return message, all(map(torch.equal, before, held(optimizer)))
+
+
+def held(optimizer):
+    """What this rank has of the parameters of the first group, and of their states."""
+    params = optimizer.param_groups[0]["params"]
+    tensors = [*params, *(value for param in params for value in optimizer.state.get(param, {}).values())]
+    return [getattr(tensor, "_local_tensor", tensor).detach().clone() for tensor in tensors]
+
+
+def test_a_param_group_added_on_one_rank_with_an_accelerator(worlds):
+    (asked, unchanged), (message, passed_by) = worlds(2, "disagree").run(on_an_accelerator, [0])
+    assert "were changed on this rank, and not on every rank" in asked
+    assert message is None
+    assert unchanged
+    assert passed_by
+
+
+def test_a_param_group_added_on_every_rank_with_an_accelerator(worlds):
+    assert worlds(2, "disagree").run(on_an_accelerator, [0, 1]) == [(None, False)] * 2
 
 
 def several_optimizers(name, lagging):
