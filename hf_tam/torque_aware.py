@@ -138,14 +138,15 @@ class TorqueAware(Optimizer, ABC):
         """Perform one optimization step.
 
         Communication: none on one device and under DDP. With sharded parameters one all-reduce for each group of ranks
-        over which they are cut, of 32 bytes a parameter tensor; every rank of a group must call step().
+        over which they are cut, of 32 bytes a parameter tensor and 32 more; every rank of a group must call step().
+        At the first step, and where a rank's parameters or arguments have changed, also what `Agreement.settle` says.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
             RuntimeError: A parameter is kept in a way that is not known, is on the meta device, or has a sparse
-                gradient; or the ranks of a shard group hold different parameters.
+                gradient; or the ranks hold different parameters, or would do different things with them.
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`; nothing was changed.
         """
         loss = None
@@ -211,8 +212,9 @@ class TorqueAware(Optimizer, ABC):
             bucket.scale_state((~idle).to(bucket.device))
 
     def _select_reducer(self) -> Reducer:
-        with self._agreement.telling(list(self._params()), NUM_SUMS):
-            reducer = self._logical.select(list(self._params()), self.param_groups)
+        params = list(self._params())
+        with self._agreement.telling(params, NUM_SUMS):
+            reducer = self._logical.select(params, self.param_groups)
         loaded, fresh = self._just_loaded, not self.state
         self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh, NUM_SUMS))
         if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):

@@ -11,7 +11,9 @@ import contextlib
 import gc
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
+from math import isclose
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 from weakref import WeakSet
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Agreement"]
 
+_SAME_GRADIENT = 1e-3
+"""By how much of itself the norm of a gradient may differ between replicas that have not summed in the same order."""
 _PARTS = (
     "ranks {mine} and {other} step different parameters, and scope='model' and max_grad_norm go over all parameters "
     "of an optimizer together. Where the ranks hold parts of one model (stages of a pipeline, experts), use "
@@ -143,6 +147,7 @@ class Agreement:
             last=not self._unstepped,
             kinds=digest(row.kind.encode() for row in rows),
             values=stepped.values() if takes_all else "",
+            gradients=stepped.gradients() if takes_all else (),
             options=stepped.options(),
             takes_all=takes_all,
         )
@@ -184,10 +189,8 @@ class Agreement:
         def different(rank: int, told: Standing) -> str | None:
             if mine.kinds == told.kinds and mine.options != told.options and (mine.takes_all or told.takes_all):
                 return _other_options(peers.rank, mine, rank, told)
-            if mine.takes_all and told.takes_all:
-                others = mine.values and told.values and mine.values != told.values
-                if mine.kinds != told.kinds or others:
-                    return _PARTS.format(mine=peers.rank, other=rank)
+            if mine.takes_all and told.takes_all and _hold_parts(mine, told):
+                return _PARTS.format(mine=peers.rank, other=rank)
             return None
 
         return peers.compare(self._turn, mine, different)
@@ -231,6 +234,24 @@ class Agreement:
 def _in_company() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _hold_parts(mine: Standing, told: Standing) -> bool:
+    """Whether two ranks hold other parameters, or have some of them in common only.
+
+    Experts may begin as copies of one: then their gradients tell, where there are others that are the same. Replicas
+    have the same gradients (but for the last bits, perhaps), ranks that average their weights now and then have none
+    in common.
+    """
+    if mine.kinds != told.kinds or (mine.values and told.values and mine.values != told.values):
+        return True
+    both = {digest for digest, _ in mine.gradients} & {digest for digest, _ in told.gradients}
+    left, right = (
+        sorted(norm for digest, norm in standing.gradients if digest not in both) for standing in (mine, told)
+    )
+    if not both:
+        return False
+    return len(left) != len(right) or not all(map(partial(isclose, rel_tol=_SAME_GRADIENT), left, right))
 
 
 def _other_options(rank: int, mine: Standing, other_rank: int, other: Standing) -> str:

@@ -126,9 +126,8 @@ class ShardGroups:
             else:
                 index = self._group_index(group, every.device)
                 every[index] = _all_reduce(every[index], group)
-            if look:  # of the host's memory by numpy: no operator that would wait for a device
-                last = every[-1].numpy() if _is_readable(every) else every[-1].cpu().numpy()
-                asked.append(float(last[-1]))
+            if look:
+                asked.append(every[-1].tolist()[-1])
         return every, asked
 
     def _compare(

@@ -35,7 +35,8 @@ class Standing(NamedTuple):
         groups: The names of the process groups over which its parameters are cut.
         last: Whether no other optimizer of this process waits for its first step.
         kinds: A digest of the shapes and dtypes of its parameters.
-        values: A digest of their values, where it takes all of them together and they tell whose they are.
+        values: A digest of their values, where it takes all of them together and no step has changed them yet.
+        gradients: A digest of the gradient of each and its norm, where it takes all together and holds them whole.
         options: The hyperparameters on which all ranks must agree, those of each param group.
         takes_all: Whether anything is taken over all parameters together.
         trouble: Why it cannot be stepped at all.
@@ -45,6 +46,7 @@ class Standing(NamedTuple):
     last: bool = True
     kinds: str = ""
     values: str = ""
+    gradients: Sequence[tuple[str, float]] = ()
     options: Sequence[Mapping[str, Any]] = ()
     takes_all: bool = False
     trouble: str | None = None

@@ -118,7 +118,21 @@ class Stepped(NamedTuple):
         cut = self.reducer.groups
         indices = set() if cut is None else set(chain.from_iterable(cut.rows.values()))
         whole = [param for index, param in enumerate(self.params) if index not in indices]
-        return digest(_sample(self.reducer.local(param)) for param in whole)
+        return digest(f"{_kind(param)} {_sample(param).tolist()}".encode() for param in whole)
+
+    def gradients(self) -> list[tuple[str, float]]:
+        """A digest and the norm of every gradient that says anything, of some elements, where all tensors are whole.
+
+        Waits for an accelerator, as `values`.
+        """
+        found = []
+        for param in self.params if self.reducer.groups is None else ():
+            if param.grad is not None and not param.grad.is_sparse:
+                sample = _sample(param.grad)
+                if sample.any() and sample.isfinite().all():
+                    told = digest([f"{_kind(param)} {sample.tolist()}".encode()])[:16]
+                    found.append((told, sample.norm().item()))
+        return found
 
     def no_sums(self) -> Tensor:
         """The sums of no tensor, as they will be in the step, and on the same device."""
@@ -137,10 +151,10 @@ def digest(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
-def _sample(param: Tensor) -> bytes:
-    elements = param.detach().reshape(-1)[:: max(1, param.numel() // _SAMPLES)]
-    values = torch.view_as_real(elements) if elements.is_complex() else elements
-    return _kind(param).encode() + values.to("cpu", torch.float64).numpy().tobytes()
+def _sample(tensor: Tensor) -> Tensor:
+    """Some elements, in float64 on the host."""
+    elements = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
+    return (torch.view_as_real(elements) if elements.is_complex() else elements).to("cpu", torch.float64)
 
 
 def _plain(value: Any) -> Any:

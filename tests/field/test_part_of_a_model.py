@@ -205,36 +205,40 @@ def test_the_stages_of_a_pipeline_with_all_parameters_together(worlds, options, 
 class Experts(nn.Module):
     """An expert on each rank, and a router on all, by hand: what every rank holds has the same names and shapes."""
 
-    def __init__(self):
+    def __init__(self, alike):
         super().__init__()
         torch.manual_seed(3)
         self.router = nn.Linear(5, 5)
-        torch.manual_seed(dist.get_rank())
+        torch.manual_seed(3 if alike else dist.get_rank())
         self.expert = nn.Linear(5, 2)
 
     def forward(self, inputs):
         return self.expert(self.router(inputs))
 
 
-def experts_by_hand(options):
-    model = Experts()
+def experts_by_hand(options, alike):
+    """Each rank has rows of its own, as if its router had chosen them for its expert."""
+    model = Experts(alike)
     optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.05, **options)
     for step in range(2):
         optimizer.zero_grad()
-        loss_of(model(batch_of(step)), target_of(batch_of(step))).backward()
+        rows = batch_of(step).chunk(2)[dist.get_rank()]
+        loss_of(model(rows), target_of(rows)).backward()
         for param in model.router.parameters():
             dist.all_reduce(param.grad)
         optimizer.step()
 
 
 @pytest.mark.parametrize("options", TOGETHER)
-def test_experts_of_the_same_shapes(worlds, options):
-    """Their values tell them apart."""
-    assert_all_refused(worlds(2, "parts").run(outcome, experts_by_hand, options), "experts", "use scope='tensor'")
+@pytest.mark.parametrize("alike", [False, True])
+def test_experts_of_the_same_shapes(worlds, options, alike):
+    """Their values tell them apart; or, where all begin as copies of one, their gradients."""
+    results = worlds(2, "parts").run(outcome, experts_by_hand, options, alike)
+    assert_all_refused(results, "experts", "use scope='tensor'")
 
 
 def test_experts_with_an_angle_a_tensor(worlds):
-    assert [message for message, _ in worlds(2, "parts").run(outcome, experts_by_hand, {})] == [None, None]
+    assert [message for message, _ in worlds(2, "parts").run(outcome, experts_by_hand, {}, False)] == [None, None]
 
 
 def trained(model, options, *, steps=3, attach=None):
@@ -454,3 +458,20 @@ def test_the_stages_of_deepspeed_with_all_parameters_together(worlds, options):
     pytest.importorskip("deepspeed")
     results = worlds(2, "parts").run(outcome, deepspeed_pipeline, options)
     assert_all_refused(results, "step different parameters", "stages of a pipeline", "use scope='tensor'")
+
+
+def replicas_that_round_differently(options):
+    """What two kinds of accelerators may do to the last bits of a gradient."""
+    model = DistributedDataParallel(Model())
+    optimizer = hf_tam.AdaTAMW(model.parameters(), lr=0.05, **options)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model(batch_of(step)), target_of(batch_of(step))).backward()
+        for param in list(model.parameters())[:3]:
+            param.grad.mul_(1 + dist.get_rank() * 1e-6)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", TOGETHER)
+def test_replicas_that_round_differently(worlds, options):
+    worlds(2, "parts").run(replicas_that_round_differently, options)
