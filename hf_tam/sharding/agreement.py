@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_tam.sharding.peers import Peers, Standing, find_peers
 from hf_tam.sharding.reducer import Reducer
 from hf_tam.sharding.stepped import Stepped, digest, no_sums
-from hf_tam.sharding.terms import LOADED, Row, Terms, compare
+from hf_tam.sharding.terms import LOADED, Row, Terms, compare, first_moved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,6 +65,7 @@ class Agreement:
     def _forget(self) -> None:
         self._settled: dict[Reducer, object] = {}
         self._layout: object = None
+        self._rows: list[Row] = []
         self._turn: int | None = None
         self._steps = 0
 
@@ -87,13 +88,14 @@ class Agreement:
             return
         rows = stepped.rows()
         layout = stepped.layout(rows)
-        if layout != self._layout or stepped.is_partitioned or stepped.tells:
+        is_same = layout == self._layout and first_moved(self._rows, rows) is None
+        if not is_same or stepped.is_partitioned or stepped.tells:
             self._agree(stepped, rows, before)
         elif cut is not None and before is not None:  # the same tensors, in other objects
             cut.terms = before.terms
         if not stepped.is_partitioned:
             self._settled.clear()
-        self._settled[stepped.reducer], self._layout = steering, layout
+        self._settled[stepped.reducer], self._layout, self._rows = steering, layout, rows
 
     @contextlib.contextmanager
     def telling(self, params: Sequence[Tensor], num_sums: int) -> Iterator[None]:

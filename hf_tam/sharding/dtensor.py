@@ -27,9 +27,8 @@ class DTensorReducer(WholeParameters):
 
     def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None]) -> None:
         """Find each parameter's groups. No communication."""
-        called = [name or f"parameter {position}" for position, name in enumerate(names)]
         kinds = [f"{tuple(param.shape)} {param.dtype}" for param in params]
-        self.groups = ShardGroups([_shard_groups(param) for param in params], called, kinds)
+        self.groups = ShardGroups([_shard_groups(param) for param in params], names, kinds)
 
     def local(self, tensor: Tensor) -> Tensor:
         """The local shard."""

@@ -50,7 +50,7 @@ class Fsdp1Reducer(WholeParameters):
         for position, param in enumerate(params):
             group, name, shape = units.get(id(param), (None, names[position], tuple(param.shape)))
             groups.append([] if group is None else [group])
-            called.append(name or f"parameter {position}")
+            called.append(name)
             kinds.append(f"{tuple(shape)} {param.dtype}")
         self.groups = ShardGroups(groups, called, kinds)
 

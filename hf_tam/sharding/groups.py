@@ -27,7 +27,7 @@ class ShardGroups:
 
     Args:
         groups: For each logical tensor, in order, the groups it is cut over (none: this rank holds all of it).
-        names: What to call each logical tensor.
+        names: What each logical tensor is called, None where unknown.
         kinds: The shape and dtype of each, in words.
 
     Attributes:
@@ -35,7 +35,9 @@ class ShardGroups:
         terms: What this rank has told the others, once they have agreed.
     """
 
-    def __init__(self, groups: Sequence[Sequence[ProcessGroup]], names: Sequence[str], kinds: Sequence[str]) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[ProcessGroup]], names: Sequence[str | None], kinds: Sequence[str]
+    ) -> None:
         """Collect the rows of each group, in the order of the tensors. No communication."""
         self.names, self.kinds = names, kinds
         self.rows: dict[ProcessGroup, list[int]] = {}

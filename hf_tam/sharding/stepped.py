@@ -88,7 +88,7 @@ class Stepped(NamedTuple):
         options = [{key: _plain(group[key]) for key in _COMPARED} for group in self.groups for _ in group["params"]]
         cut = self.reducer.groups
         if cut is None:
-            return [Row("", _kind(param), some) for param, some in zip(self.params, options, strict=True)]
+            return [Row(None, _kind(param), some) for param, some in zip(self.params, options, strict=True)]
         if self.is_partitioned:  # the buffers of one param group
             options = options[:1] * len(cut.kinds)
         return [Row(*row) for row in zip(cut.names, cut.kinds, options, strict=True)]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["DECAYS", "LOADED", "Row", "Shared", "Terms", "compare"]
+__all__ = ["DECAYS", "LOADED", "Row", "Shared", "Terms", "compare", "first_moved"]
 
 LOADED = "has loaded a state"
 DECAYS = "has a weight decay, before which max_grad_norm takes a norm of its own,"
@@ -25,12 +25,12 @@ class Row(NamedTuple):
     """One logical tensor.
 
     Attributes:
-        name: What to call it; ranks may call it differently.
+        name: What it is called, None where unknown. Ranks may call it differently.
         kind: Its shape and dtype in words.
         options: The hyperparameters on which all ranks must agree.
     """
 
-    name: str
+    name: str | None
     kind: str
     options: Mapping[str, Any]
 
@@ -100,27 +100,40 @@ def _difference(ranks: Sequence[int], terms: Sequence[Terms]) -> str | None:
 
 
 def _lists(rank: int, rows: Sequence[Row], other_rank: int, others: Sequence[Row]) -> str | None:
+    moved = first_moved(rows, others)
     for position in range(max(len(rows), len(others))):
         left, right = (part[position] if position < len(part) else None for part in (rows, others))
-        if left is None or right is None or left.kind != right.kind:
+        if left is None or right is None or left.kind != right.kind or position == moved:
             return (
-                f"the ranks of a shard group hold different parameters: number {position} is {_called(left)} on rank "
-                f"{rank} and {_called(right)} on rank {other_rank}. {_REMEDY}"
+                f"the ranks of a shard group hold different parameters: number {position} is "
+                f"{_called(position, left)} on rank {rank} and {_called(position, right)} on rank {other_rank}. "
+                f"{_REMEDY}"
             )
     return None
 
 
-def _called(row: Row | None) -> str:
-    return "nothing" if row is None else f"{row.name} {row.kind}"
+def first_moved(rows: Sequence[Row], others: Sequence[Row]) -> int | None:
+    """The first place at which `others` have the name that another place has in `rows`.
+
+    Names are not compared otherwise: what one rank calls otherwise, or not at all, may be the same.
+    """
+    places = {row.name: position for position, row in enumerate(rows) if row.name is not None}
+    named = ((position, row.name) for position, row in enumerate(others) if row.name is not None)
+    return next((position for position, name in named if places.get(name, position) != position), None)
+
+
+def _called(position: int, row: Row | None) -> str:
+    return "nothing" if row is None else f"{row.name or f'parameter {position}'} {row.kind}"
 
 
 def _options(rank: int, rows: Sequence[Row], other_rank: int, others: Sequence[Row]) -> str | None:
-    for row, other in zip(rows, others, strict=True):
+    for position, (row, other) in enumerate(zip(rows, others, strict=True)):
         for option, value in row.options.items():
             if other.options[option] != value:
                 return (
-                    f"the ranks of a shard group have different values of {option}: {value!r} for {row.name} on rank "
-                    f"{rank} and {other.options[option]!r} on rank {other_rank}. Give the optimizer the same "
-                    "arguments on every rank, and change them on every rank before the same step"
+                    f"the ranks of a shard group have different values of {option}: {value!r} for "
+                    f"{_called(position, row)} on rank {rank} and {other.options[option]!r} on rank {other_rank}. "
+                    "Give the optimizer the same arguments on every rank, and change them on every rank before the "
+                    "same step"
                 )
     return None

@@ -66,7 +66,7 @@ class ZeroReducer:
         self.sees_all = held >= {index for index, param in enumerate(owned) if _is_optimized(param) and _numel(param)}
         self.groups = ShardGroups(
             [[group] if index in held else [] for index in range(len(owned))],
-            [name or f"parameter {index}" for index, name in enumerate(names)],
+            names,
             [str(_shape(param)) for param in owned],
         )
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import hf_tam
@@ -159,6 +160,28 @@ def test_a_param_group_added_on_one_rank(worlds, name, adding, later):
                        "nothing on rank", f"on rank {adding}", "add_param_group on every rank")  # fmt: skip
 
 
+def in_another_order(name, alike):
+    """Rank 1 lists its parameters from the last to the first; all of them may have the same shape."""
+    model = (
+        nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)) if alike else nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    )
+    module = strategies.fsdp1(ShardingStrategy.FULL_SHARD)(model) if name == "fsdp1" else fully_shard(model)
+    weights = [param for name, param in module.named_parameters() if name.endswith("weight")]
+    optimizer = hf_tam.AdaTAMW(weights[:: 1 - 2 * rank()], lr=0.1)
+    optimizer.attach(module)
+    module(torch.ones(2, 5)).sum().backward()
+    return outcome(optimizer.step)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+def test_the_same_parameters_in_another_order_on_one_rank(worlds, name, alike):
+    results = worlds(2, "disagree").run(in_another_order, name, alike)
+    assert_all_refused(
+        results, "the ranks of a shard group hold different parameters: number 0 is ", "in the same order"
+    )
+
+
 @pytest.mark.parametrize("name", ["fsdp2-reshard-True-2", "fsdp1-full_shard-2"])
 def test_a_param_group_added_on_every_rank(worlds, name):
     """Unfreezing: one collective more of each kind, once."""
@@ -172,6 +195,25 @@ def test_other_objects_for_the_same_parameters_on_one_rank(worlds, name):
     """Param groups that were put together anew, as some resuming code does: the ranks still agree."""
     calls, other_calls = worlds(2, "disagree").run(regrouped_on_rank_0, name)
     assert calls == other_calls == ["all_reduce"]
+
+
+def reordered_on_rank_0():
+    """Two parameters of the same shape change places in the middle of a run."""
+    module = fully_shard(nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)))
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.1)
+    optimizer.attach(module)
+    results = []
+    for step in range(2):
+        module(torch.ones(2, 5)).sum().backward()
+        if step and rank() == 0:
+            optimizer.param_groups[0]["params"].reverse()
+        results.append(outcome(optimizer.step))
+    return results[-1]
+
+
+def test_parameters_that_change_places_on_one_rank(worlds):
+    results = worlds(2, "disagree").run(reordered_on_rank_0)
+    assert_all_refused(results, "number 0 is 1.weight (5, 5) torch.float32 on rank 0 and 0.weight")
 
 
 def regrouped_on_rank_0(name):
