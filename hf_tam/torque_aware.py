@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import checkpoint
+from hf_tam.backends import NUM_SUMS
 from hf_tam.family import Family
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import FSDP1_MARK, Reducer, Span
+from hf_tam.sharding import FSDP1_MARK, Agreement, Reducer, Span, Stepped
 from hf_tam.step import buffers, guards
 from hf_tam.step.pipeline import Pipeline
 from hf_tam.step.telemetry import Telemetry
@@ -46,6 +47,7 @@ class TorqueAware(Optimizer, ABC):
 
     def _reset_runtime(self) -> None:
         self._logical = LogicalTensors()
+        self._agreement = Agreement()
         self._telemetry = Telemetry()
         self._just_loaded = False
         self._pipeline = Pipeline(self.family, self._telemetry)
@@ -63,7 +65,7 @@ class TorqueAware(Optimizer, ABC):
         super().add_param_group(param_group)
         self._logical.add_group(self.param_groups[-1])
 
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module, *, whole: bool = False) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
 
         Needed under FSDP1 and DeepSpeed ZeRO, where only the module leads to how its parameters are cut (the Trainer,
@@ -73,11 +75,18 @@ class TorqueAware(Optimizer, ABC):
         The names of the parameters become known to `torque_stats`, and a parameter that was replaced after the
         optimizer was built is accepted again if it is the module's. The module is not kept alive.
 
+        Args:
+            module: The model, wrapped or not.
+            whole: No other rank holds a part of this model. With scope "model" or `max_grad_norm` the ranks of a job
+                are compared, and refused where they step different parameters; ranks that train models of their own
+                (an actor here, a critic there) say so by this.
+
         Raises:
             ValueError: The module owns none of the optimizer's parameters, or is tensor-parallel over plain tensors.
             RuntimeError: A parameter says that it is a part of a tensor, or is in a flat parameter of FSDP1's.
         """
         self._logical.attach(module, self.param_groups)
+        self._agreement.alone |= whole
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -133,14 +142,15 @@ class TorqueAware(Optimizer, ABC):
         """Perform one optimization step.
 
         Communication: none on one device and under DDP. With sharded parameters one all-reduce for each group of ranks
-        over which they are cut, of 32 bytes a parameter tensor; every rank of a group must call step().
+        over which they are cut, of 32 bytes a parameter tensor and 32 more; every rank of a group must call step().
+        At the first step, and where a rank's parameters or arguments have changed, also what `Agreement.settle` says.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
             RuntimeError: A parameter is kept in a way that is not known, is on the meta device, or has a sparse
-                gradient; or the ranks of a shard group hold different parameters.
+                gradient; or the ranks hold different parameters, or would do different things with them.
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`; nothing was changed.
         """
         loss = None
@@ -178,7 +188,11 @@ class TorqueAware(Optimizer, ABC):
         return any(group.get("fused") for group in self.param_groups)
 
     def _select_reducer(self) -> Reducer:
-        reducer = self._logical.select(list(self._params()), self.param_groups)
+        params = list(self._params())
+        with self._agreement.telling(params, NUM_SUMS):
+            reducer = self._logical.select(params, self.param_groups)
+        loaded, fresh = self._just_loaded, not self.state
+        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh, NUM_SUMS))
         if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):
             raise RuntimeError(
                 "scope='model' takes one angle over all parameters, but DeepSpeed hands over a part of them at a time "

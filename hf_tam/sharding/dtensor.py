@@ -23,13 +23,13 @@ class DTensorReducer(WholeParameters):
         names: Their names, None where unknown.
 
     Raises:
-        RuntimeError: A placement is neither a shard nor a replica, or the ranks disagree.
+        RuntimeError: A placement is neither a shard nor a replica.
     """
 
     def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None]) -> None:
-        """Find each parameter's groups; see `ShardGroups` for what is communicated."""
-        descriptions = [_describe(position, param, names[position]) for position, param in enumerate(params)]
-        self._groups = ShardGroups([_shard_groups(param) for param in params], descriptions)
+        """Find each parameter's groups. No communication."""
+        kinds = [f"{tuple(param.shape)} {param.dtype}" for param in params]
+        self.groups = ShardGroups([_shard_groups(param) for param in params], names, kinds)
 
     def local(self, tensor: Tensor) -> Tensor:
         """The local shard."""
@@ -46,7 +46,7 @@ class DTensorReducer(WholeParameters):
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce for each mesh axis over which anything is cut."""
-        return self._groups.reduce(sums, rows, present=present)
+        return self.groups.reduce(sums, rows, present=present)
 
 
 def _shard_groups(param: Tensor) -> list[ProcessGroup]:
@@ -71,7 +71,3 @@ def groups_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Process
             )
         groups.append(mesh.get_group(axis))
     return groups
-
-
-def _describe(position: int, param: Tensor, name: str | None) -> str:
-    return f"{name or f'parameter {position}'} {tuple(param.shape)} {param.dtype}"

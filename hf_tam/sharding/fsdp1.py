@@ -27,11 +27,13 @@ class Fsdp1Reducer(WholeParameters):
         modules: The FSDP modules, or modules that contain them.
 
     Raises:
-        RuntimeError: No module is attached, or none owns a sliced parameter; or the ranks disagree.
+        RuntimeError: No module is attached, or none owns a sliced parameter.
     """
 
+    tells_numbers = True
+
     def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None], modules: Sequence[nn.Module]) -> None:
-        """Find each parameter's groups; see `ShardGroups` for what is communicated."""
+        """Find each parameter's groups. No communication."""
         if not modules:
             raise RuntimeError(
                 "FSDP1 keeps only slices of the parameters on each rank, and only the module knows which: call "
@@ -39,7 +41,8 @@ class Fsdp1Reducer(WholeParameters):
             )
         slices = {id(original.param): original for module in modules for original in _sliced(module)}
         groups: list[Sequence[ProcessGroup]] = []
-        descriptions = []
+        called: list[str | None] = []
+        kinds = []
         for position, param in enumerate(params):
             original = slices.get(id(param))
             name, shape = names[position], tuple(param.shape)
@@ -52,8 +55,9 @@ class Fsdp1Reducer(WholeParameters):
                     "owns it: call optimizer.attach(model) with the FSDP model that it belongs to, too"
                 )
             groups.append([] if original is None else original.groups)
-            descriptions.append(f"{name or f'parameter {position}'} {shape} {param.dtype}")
-        self._groups = ShardGroups(groups, descriptions)
+            called.append(name)
+            kinds.append(f"{shape} {param.dtype}")
+        self.groups = ShardGroups(groups, called, kinds)
 
     def local(self, tensor: Tensor) -> Tensor:
         """The slice itself."""
@@ -67,11 +71,11 @@ class Fsdp1Reducer(WholeParameters):
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce for each process group of the FSDP units."""
-        return self._groups.reduce(sums, rows, present=present)
+        return self.groups.reduce(sums, rows, present=present)
 
     def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
         """One all-reduce: a checkpoint of FSDP1 restores states on the ranks that hold part of a tensor only."""
-        return self._groups.share(numbers())
+        return self.groups.share(numbers())
 
 
 class _Slice(NamedTuple):

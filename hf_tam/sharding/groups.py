@@ -1,8 +1,10 @@
-"""What the sharded reducers share: rows of all logical tensors, one all-reduce a group, the check of agreement."""
+"""What the sharded reducers share: rows of all logical tensors, and one all-reduce a group."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hf_tam.sharding.reducer import Reduced
+from hf_tam.sharding.terms import Terms, compare
 
 _MOST_RANKS = 2**24
 """More marks than this are never added up; a smaller sum of squares than this many is no gradient of any use."""
@@ -18,28 +21,36 @@ _MOST_RANKS = 2**24
 class ShardGroups:
     """The process groups over which logical tensors are cut, each with the rows it has to sum.
 
+    Every all-reduce has one row more than there are tensors, for a rank whose tensors, or whose hyperparameters, are
+    no longer those that the ranks have agreed on. It still takes part as was agreed, with zeros, and writes into that
+    row: who sees it compares lists before the step goes on. So no rank is ever in another collective than the rest.
+
     Args:
         groups: For each logical tensor, in order, the groups it is cut over (none: this rank holds all of it).
-        descriptions: What each logical tensor is, for the check of agreement.
+        names: What each logical tensor is called, None where unknown.
+        kinds: The shape and dtype of each, in words.
 
-    Raises:
-        RuntimeError: The ranks of a group hold other logical tensors, or hold them in another order.
+    Attributes:
+        rows: The rows of each group.
+        terms: What this rank has told the others, once they have agreed.
     """
 
-    def __init__(self, groups: Sequence[Sequence[ProcessGroup]], descriptions: Sequence[str]) -> None:
-        """Collect the rows of each group, in the order of the tensors, and check that the ranks agree on them."""
-        self.num_rows = len(groups)
-        self._rows: dict[ProcessGroup, list[int]] = {}
+    def __init__(
+        self, groups: Sequence[Sequence[ProcessGroup]], names: Sequence[str | None], kinds: Sequence[str]
+    ) -> None:
+        """Collect the rows of each group, in the order of the tensors. No communication."""
+        self.names, self.kinds = names, kinds
+        self.rows: dict[ProcessGroup, list[int]] = {}
+        self.terms: Terms | None = None
+        self._num_rows = len(groups)
         self._last: tuple[object, tuple[Tensor, Tensor]] | None = None
         self._group_indices: dict[tuple[ProcessGroup, torch.device], Tensor] = {}
         for row, cut_over in enumerate(groups):
             for group in cut_over:
-                self._rows.setdefault(group, []).append(row)
-        for group, rows in self._rows.items():
-            _require_agreement(group, [descriptions[row] for row in rows])
+                self.rows.setdefault(group, []).append(row)
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
-        """One all-reduce of 8 bytes times the columns of a logical tensor in each group.
+        """One all-reduce in each group, of 8 bytes times the columns for each logical tensor and for one row more.
 
         A gradient of zeros and no gradient have the same sums. The smallest normal number, added to |g|^2 where there
         is a gradient, tells them apart without a column of its own, and changes no other sum.
@@ -48,29 +59,91 @@ class ShardGroups:
             sums: Shape (n, columns), the last column |g|^2 of the raw gradient.
             rows: The logical tensor of each of the n rows.
             present: Whether this rank has a gradient of it.
+
+        Raises:
+            RuntimeError: The lists were compared, and differ.
         """
         at, marks = self._indices(tuple(rows), tuple(present), sums)
-        every = sums.new_zeros(self.num_rows, sums.shape[1])
-        every[at] = torch.cat([sums[:, :-1], (sums[:, -1] + marks).unsqueeze(1)], dim=1)
-        for group, of_group in self._rows.items():
-            whole = len(of_group) == self.num_rows
-            if whole:
-                every = _all_reduce(every, group)
-            else:
-                index = self._group_index(group, of_group, sums.device)
-                every[index] = _all_reduce(every[index], group)
+        asked = [1.0]
+        while any(asked):
+            every = sums.new_zeros(self._num_rows + 1, sums.shape[1])
+            every[at] = torch.cat([sums[:, :-1], (sums[:, -1] + marks).unsqueeze(1)], dim=1)
+            every, asked = self._add_up(every, list(self.rows), look=_is_readable(every))
+            self._compare(list(self.rows), asked, self.terms, None)
         result = every[at]
         somewhere = result[:, -1] != 0.0
         only_marks = result[:, -1] < _MOST_RANKS * torch.finfo(sums.dtype).tiny
         result[:, -1] = torch.where(only_marks, 0.0, result[:, -1])
+        if not _is_readable(sums):
+            somewhere = somewhere & (every[-1, -1] == 0.0)  # where somebody asked nothing is updated
         return Reduced(result, somewhere)
+
+    def ask(
+        self,
+        mine: Terms,
+        like: Tensor,
+        *,
+        known: str | None = None,
+        groups: Sequence[ProcessGroup] | None = None,
+    ) -> None:
+        """Take part in a step as was agreed, ask the other ranks to compare lists, and do.
+
+        Communication: that of `reduce`, and of `compare`.
+
+        Args:
+            mine: What this rank holds now.
+            like: The sums of a step without a tensor, shape (0, columns).
+            known: What is known to be wrong on this rank, to be told to the others.
+            groups: Those whose ranks have agreed; None: all.
+
+        Raises:
+            RuntimeError: The lists differ. Or not every rank asked, on an accelerator: the others do not wait for it
+                to look, and update nothing in this step.
+        """
+        every = like.new_zeros(self._num_rows + 1, like.shape[1])
+        every[-1, -1] = 1.0
+        groups = list(self.rows) if groups is None else groups
+        every, asked = self._add_up(every, groups, look=True)
+        everybody = list(accumulate((group.size() for group in groups), operator.mul))
+        if not _is_readable(every) and asked != everybody:
+            raise RuntimeError(
+                "the parameters of this optimizer, or its arguments, were changed on this rank, and not on every rank "
+                "with which it shares them: change them on every rank before the same step"
+            )
+        self._compare(groups, asked, mine, known)
 
     def share(self, numbers: Tensor) -> Tensor:
         """The largest of all ranks' numbers: they are equal, or -inf where a rank knows none. Shape (tensors, k)."""
-        for group, of_group in self._rows.items():
-            index = self._group_index(group, of_group, numbers.device)
+        for group in self.rows:
+            index = self._group_index(group, numbers.device)[:-1]
             numbers[index] = _all_reduce(numbers[index], group, maximum=True)
         return numbers
+
+    def _add_up(self, every: Tensor, groups: Sequence[ProcessGroup], *, look: bool) -> tuple[Tensor, list[float]]:
+        """Sum the rows of each group; if this rank may look, also how many have asked, after each of them."""
+        asked = []
+        for group in groups:
+            if len(self.rows[group]) == self._num_rows:
+                every = _all_reduce(every, group)
+            else:
+                index = self._group_index(group, every.device)
+                every[index] = _all_reduce(every[index], group)
+            if look:
+                asked.append(every[-1].tolist()[-1])
+        return every, asked
+
+    def _compare(
+        self, groups: Sequence[ProcessGroup], asked: Sequence[float], mine: Terms | None, known: str | None
+    ) -> None:
+        """Compare lists in the groups in which somebody asked for it; where they differ nothing is agreed on any more.
+
+        Communication: one all_gather_object in each of these groups.
+        """
+        asking = [group for group, count in zip(groups, asked, strict=False) if count]
+        if asking and mine is not None:
+            self.terms, before = None, self.terms
+            compare(asking, mine, known=known)
+            self.terms = before
 
     # Making a tensor of Python numbers on an accelerator waits for it, so indices are kept until they change.
     def _indices(self, rows: tuple[int, ...], present: tuple[bool, ...], sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,10 +154,17 @@ class ShardGroups:
             self._last = (key, (at, marks))
         return self._last[1]
 
-    def _group_index(self, group: ProcessGroup, rows: list[int], device: torch.device) -> Tensor:
+    def _group_index(self, group: ProcessGroup, device: torch.device) -> Tensor:
+        """The rows of a group, and the one row more."""
         if (group, device) not in self._group_indices:
+            rows = [*self.rows[group], self._num_rows]
             self._group_indices[group, device] = torch.tensor(rows, dtype=torch.int64, device=device)
         return self._group_indices[group, device]
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the host can look at it without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _all_reduce(tensor: Tensor, group: ProcessGroup, *, maximum: bool = False) -> Tensor:
@@ -97,25 +177,3 @@ def _all_reduce(tensor: Tensor, group: ProcessGroup, *, maximum: bool = False) -
     moved = tensor.to(next(iter(group._device_types)))
     dist.all_reduce(moved, operation, group=group)
     return moved.to(tensor.device)
-
-
-def _require_agreement(group: ProcessGroup, mine: list[str]) -> None:
-    everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    first, *others = [part if part is not None else [] for part in everyone]
-    for position, other in enumerate(others, 1):
-        difference = _first_difference(first, other)
-        if difference is not None:
-            raise RuntimeError(
-                f"the ranks of a shard group hold different parameters: {difference} on ranks "
-                f"{dist.get_global_rank(group, 0)} and {dist.get_global_rank(group, position)}. Build the same model, "
-                "with the same trainable parameters in the same order, on every rank"
-            )
-
-
-def _first_difference(first: list[str], other: list[str]) -> str | None:
-    for position in range(max(len(first), len(other))):
-        left, right = (part[position] if position < len(part) else "nothing" for part in (first, other))
-        if left != right:
-            return f"number {position} is {left} and {right}"
-    return None

@@ -8,13 +8,16 @@ tensor is another angle, so there is nothing to fall back to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
 from hf_tam.sharding.marks import mark_of_part, several_processes
+
+if TYPE_CHECKING:
+    from hf_tam.sharding.groups import ShardGroups
 
 FSDP1_MARK = "_fsdp_flattened"
 """Attribute of the parameters that FSDP1 keeps slices of."""
@@ -55,6 +58,12 @@ class Reducer(Protocol):
 
     sees_all: bool
     """Whether one call of step() gets every logical tensor that is trained; if not, there is no angle over all."""
+    tells_numbers: bool
+    """Whether `share` communicates."""
+
+    @property
+    def groups(self) -> ShardGroups | None:
+        """Over which ranks it sums; None where every tensor is whole."""
 
     def spans(self, param: Tensor) -> Sequence[Span] | None:
         """The logical tensors in a flat buffer; None where the parameter itself is one."""
@@ -89,6 +98,7 @@ class WholeParameters:
     """What holds wherever each parameter stands for one logical tensor."""
 
     sees_all = True
+    tells_numbers = False
 
     def spans(self, param: Tensor) -> None:
         """The parameter is a logical tensor itself."""
@@ -100,6 +110,8 @@ class WholeParameters:
 
 class LocalReducer(WholeParameters):
     """For whole tensors (one device, DDP): the local sums are the global ones. No communication."""
+
+    groups = None
 
     def local(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
@@ -124,8 +136,8 @@ def select_reducer(
 ) -> Reducer:
     """Choose the reducer for the tensors an optimizer is about to update.
 
-    Communication: where tensors are sharded, one all_gather_object in each shard group, by which its ranks check that
-    they hold the same logical tensors in the same order; under ZeRO another one, for the partition map.
+    Communication: under ZeRO one all_gather_object for each buffer, for the partition map; otherwise none. That the
+    ranks of a shard group hold the same is left to `Agreement`.
 
     Args:
         params: What stands in `param_groups` now, in order.
@@ -137,7 +149,7 @@ def select_reducer(
 
     Raises:
         RuntimeError: A tensor is flattened, says that it is a part, was cut or was put in place of the user's
-            parameters by a wrapper, or the ranks of a shard group disagree.
+            parameters by a wrapper.
     """
     partitioned = is_partitioned(logical)
     own_names = [None] * len(params) if partitioned else names

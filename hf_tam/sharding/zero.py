@@ -54,6 +54,8 @@ class ZeroReducer:
             logical tensor is missing.
     """
 
+    tells_numbers = False
+
     def __init__(
         self,
         buffers: Sequence[Tensor],
@@ -64,16 +66,17 @@ class ZeroReducer:
     ) -> None:
         """Find what lies where in the buffers.
 
-        Communication: one all_gather_object for each buffer, and `ShardGroups`' own.
+        Communication: one all_gather_object for each buffer.
         """
         _require_all(owned, names, shapes)
         group = _data_parallel_group(owned)
         self._spans = {id(buffer): _spans(buffer, owned, group) for buffer in buffers}
         held = {span.position for spans in self._spans.values() for span in spans}
         self.sees_all = held >= {index for index, param in enumerate(owned) if _is_optimized(param) and _numel(param)}
-        self._groups = ShardGroups(
+        self.groups = ShardGroups(
             [[group] if index in held else [] for index in range(len(owned))],
-            [f"{name or f'parameter {index}'} {_shape(owned[index])}" for index, name in enumerate(names)],
+            names,
+            [str(_shape(param)) for param in owned],
         )
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class ZeroReducer:
 
     def reduce(self, sums: Tensor, rows: Sequence[int], *, present: Sequence[bool]) -> Reduced:
         """One all-reduce over the data-parallel group, of the rows of this call's buffers."""
-        return self._groups.reduce(sums, rows, present=present)
+        return self.groups.reduce(sums, rows, present=present)
 
     def share(self, numbers: Callable[[], Tensor]) -> Tensor | None:
         """None: every rank has the numbers of every logical tensor of a buffer."""
