@@ -79,7 +79,9 @@ class AdaTAMW(_Adaptive):
         weight_decay: Decoupled weight decay, >= 0.
         gamma: Smoothing of the torque, in [0, 1]. Source: section 3 of the paper, which uses 0.9.
         damping_eps: Least factor on a gradient that opposes the momentum. Source: the paper's epsilon, 1e-8.
-        scope: "tensor": one angle for each parameter tensor. "model": one for all (the paper read literally).
+        scope: "tensor": one angle for each parameter tensor. "model": one over the parameters of *this* optimizer
+            (the paper read literally). Refused where another rank's optimizer has other parameters; several optimizers
+            in one process have an angle each.
         step_size: "adamw": AdamW's learning rates carry over. "paper": the literal recurrence, which moves 5 to 33
             times as far at the same lr.
         torque_steps: The torque acts in the first N steps of a tensor and is neutral afterwards (the paper's TAM as
@@ -90,7 +92,7 @@ class AdaTAMW(_Adaptive):
             all the same.
         max_grad_norm: Clip the gradients to this global norm inside the step, as torch.nn.utils.clip_grad_norm_ before
             it would, at next to no cost (the norm comes with the angles, also over shards); the same for all param
-            groups. Tensors that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not.
+            groups. The norm is taken over the parameters of *this* optimizer, and refused as scope "model" is. Tensors that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not.
             With coupled weight decay the norm is taken first, in a walk and a reduction of its own. None: no clipping.
         maximize: Ascend instead of descend.
         foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels.

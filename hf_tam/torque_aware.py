@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import checkpoint
-from hf_tam.backends import NUM_SUMS
 from hf_tam.family import Family
 from hf_tam.hyperparameters import validate, validate_step_size
 from hf_tam.logical import LogicalTensors
@@ -189,10 +188,10 @@ class TorqueAware(Optimizer, ABC):
 
     def _select_reducer(self) -> Reducer:
         params = list(self._params())
-        with self._agreement.telling(params, NUM_SUMS):
+        with self._agreement.telling(params):
             reducer = self._logical.select(params, self.param_groups)
         loaded, fresh = self._just_loaded, not self.state
-        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh, NUM_SUMS))
+        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh))
         if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):
             raise RuntimeError(
                 "scope='model' takes one angle over all parameters, but DeepSpeed hands over a part of them at a time "

@@ -27,6 +27,9 @@ from torch import Tensor
 Scalar = float | Tensor
 """A Python number, or a 0-d tensor on the parameter's device where the host must not read it."""
 
+NUM_SUMS = 4
+"""Columns of the sums of a tensor: <m, g>, |m|^2, |g|^2 and the raw |g|^2."""
+
 _WITHOUT_FP64 = frozenset({"mps", "npu"})
 
 

@@ -19,11 +19,11 @@ import warnings
 
 import torch
 
-from hf_tam.backends.protocol import NUM_SUMS, Backend, Report
+from hf_tam.backends.protocol import Backend, Report
 from hf_tam.backends.tensors import Tensors
 from hf_tam.update import accumulator_dtype
 
-__all__ = ["NUM_SUMS", "Backend", "Report", "Tensors", "select_backend"]
+__all__ = ["Backend", "Report", "Tensors", "select_backend"]
 
 
 def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | None, on_host: bool) -> Backend:

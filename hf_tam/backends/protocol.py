@@ -10,9 +10,6 @@ from torch import Tensor
 from hf_tam.backends.tensors import Tensors
 from hf_tam.update import Coefficients, Scalar
 
-NUM_SUMS = 4
-"""Columns of the partial sums: <m, g>, |m|^2, |g|^2 and the raw |g|^2."""
-
 
 class Report(NamedTuple):
     """What a backend saw that took a whole step; fp64, on the device.

@@ -99,7 +99,7 @@ def _check_and_attach(item: Any, *, model: Any, config: Mapping[str, Any], mpu: 
     refuse_swap_in_config({key: value for key, value in config.items() if key != "optimizer"})
     if any(kind.__name__ == "PipelineModule" for kind in type(model).__mro__) and model.num_stages > 1:
         _refuse_stages(optimizer, zero_stage=zero_stage(config))
-    size = next((getattr(mpu, name)() for name in _TENSOR_PARALLEL_SIZE if hasattr(mpu, name)), 1)
+    size = _tensor_parallel_size(mpu)
     if size > 1:
         raise ValueError(
             f"The mpu that DeepSpeed is given cuts tensors over {size} tensor-parallel ranks, and hf_tam cannot see "
@@ -112,6 +112,14 @@ _TENSOR_PARALLEL_SIZE = (
     "get_tensor_model_parallel_world_size", "get_slice_parallel_world_size", "get_model_parallel_world_size",
 )  # fmt: skip
 """What a model-parallel unit may call it, in the order in which DeepSpeed asks (deepspeed/utils/bwc.py)."""
+
+
+def _tensor_parallel_size(mpu: Any) -> int:
+    """Over how many ranks a model-parallel unit says that tensors are cut."""
+    ask = next((getattr(mpu, name) for name in _TENSOR_PARALLEL_SIZE if hasattr(mpu, name)), None)
+    # DeepSpeed's unit of sequence parallelism (Ulysses) calls the ranks of one sequence model-parallel too.
+    is_sequence = ask is not None and ask == getattr(mpu, "get_sequence_parallel_world_size", None)
+    return 1 if ask is None or is_sequence else int(ask())
 
 
 def _refuse_stages(optimizer: TorqueAware, *, zero_stage: int) -> None:

@@ -98,7 +98,7 @@ class Agreement:
         self._settled[stepped.reducer], self._layout, self._rows = steering, layout, rows
 
     @contextlib.contextmanager
-    def telling(self, params: Sequence[Tensor], num_sums: int) -> Iterator[None]:
+    def telling(self, params: Sequence[Tensor]) -> Iterator[None]:
         """If this rank cannot step `params`, tell the ranks that may wait for it why.
 
         Communication: none, if it can. Otherwise that of a step in which the list has changed; a write to the store
@@ -108,7 +108,7 @@ class Agreement:
             yield
         except RuntimeError as error:
             if _in_company() and dist.get_backend() != "fake":
-                self._give_up(str(error), no_sums(params, num_sums))
+                self._give_up(str(error), no_sums(params))
             raise
 
     def _give_up(self, trouble: str, nothing: Tensor) -> None:

@@ -34,7 +34,6 @@ class Stepped(NamedTuple):
         coupled: Whether weight decay is part of the gradient.
         loaded: Whether a state was loaded since the last step.
         fresh: Whether it has no state yet.
-        num_sums: How many sums are taken of each tensor.
     """
 
     reducer: Reducer
@@ -42,7 +41,6 @@ class Stepped(NamedTuple):
     coupled: bool
     loaded: bool
     fresh: bool
-    num_sums: int
 
     @property
     def params(self) -> list[Tensor]:
@@ -118,7 +116,7 @@ class Stepped(NamedTuple):
         cut = self.reducer.groups
         indices = set() if cut is None else set(chain.from_iterable(cut.rows.values()))
         whole = [param for index, param in enumerate(self.params) if index not in indices]
-        return digest(f"{_kind(param)} {_sample(param).tolist()}".encode() for param in whole)
+        return digest(f"{_kind(param)} {self._sample(param).tolist()}".encode() for param in whole)
 
     def gradients(self) -> list[tuple[str, float]]:
         """A digest and the norm of every gradient that says anything, of some elements, where all tensors are whole.
@@ -128,33 +126,33 @@ class Stepped(NamedTuple):
         found = []
         for param in self.params if self.reducer.groups is None else ():
             if param.grad is not None and not param.grad.is_sparse:
-                sample = _sample(param.grad)
+                sample = self._sample(param.grad)
                 if sample.any() and sample.isfinite().all():
                     told = digest([f"{_kind(param)} {sample.tolist()}".encode()])[:16]
                     found.append((told, sample.norm().item()))
         return found
 
+    def _sample(self, tensor: Tensor) -> Tensor:
+        """Some elements, in float64 on the host."""
+        local = self.reducer.local(tensor.detach())
+        elements = local.reshape(-1)[:: max(1, local.numel() // _SAMPLES)]
+        return (torch.view_as_real(elements) if elements.is_complex() else elements).to("cpu", torch.float64)
+
     def no_sums(self) -> Tensor:
         """The sums of no tensor, as they will be in the step, and on the same device."""
-        return no_sums(self.params, self.num_sums)
+        return no_sums(self.params)
 
 
-def no_sums(params: Sequence[Tensor], num_sums: int) -> Tensor:
-    """Shape (0, num_sums), on the device of the parameters and in its dtype of sums."""
+def no_sums(params: Sequence[Tensor]) -> Tensor:
+    """Shape (0, 4), on the device of the parameters and in its dtype of sums."""
     device = params[0].device if params else torch.device("cpu")
-    return torch.zeros(0, num_sums, dtype=update.accumulator_dtype(device), device=device)
+    return torch.zeros(0, update.NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
 
 
 def digest(parts: Iterable[bytes]) -> str:
     """One of all parts, whatever their order."""
     hashes = sorted(hashlib.sha256(part).digest() for part in parts)
     return hashlib.sha256(b"".join(hashes)).hexdigest()
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """Some elements, in float64 on the host."""
-    elements = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
-    return (torch.view_as_real(elements) if elements.is_complex() else elements).to("cpu", torch.float64)
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_tam import update
-from hf_tam.backends import NUM_SUMS, Backend, Report, Tensors
+from hf_tam.backends import Backend, Report, Tensors
 from hf_tam.step.scalars import PackedScalars
 from hf_tam.update import Coefficients, Numbers, Scalar, Stage
 
@@ -145,7 +145,7 @@ class Batch:
             wanted = (self.scalars["step"] < numbers.torque_steps).tolist()
         if not any(wanted) and not needs_norms:
             self.measured = False
-            return self.packed.matrix.new_zeros(count, NUM_SUMS, dtype=update.accumulator_dtype(self.device))
+            return self.packed.matrix.new_zeros(count, update.NUM_SUMS, dtype=update.accumulator_dtype(self.device))
         return self.backend.partial_sums(self.tensors, with_dot=wanted)
 
     def set_sums(self, reduced: Tensor, anywhere: Tensor | None) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_tam import update
-from hf_tam.backends import NUM_SUMS
 from hf_tam.family import Family
 from hf_tam.sharding import LocalReducer, Reducer, WholeParameters
 from hf_tam.step import guards
@@ -142,7 +141,7 @@ class Pipeline:
             return
         params = (param for group in param_groups for param in group["params"])
         device = next((param.device for param in params), torch.device("cpu"))
-        nothing = torch.zeros(0, NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
+        nothing = torch.zeros(0, update.NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
         reduced = reducer.reduce(
             torch.cat([nothing, *(rows.to(device, nothing.dtype) for rows in local)]),
             [index for batch in batches for index in batch.indices],

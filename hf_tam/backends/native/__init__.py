@@ -21,9 +21,9 @@ from torch.autograd.graph import increment_version
 
 from hf_tam.backends import cpu
 from hf_tam.backends.native.library import load, why_not
-from hf_tam.backends.protocol import NUM_SUMS, Report
+from hf_tam.backends.protocol import Report
 from hf_tam.backends.tensors import Tensors
-from hf_tam.update import AdamCoefficients, Coefficients, Scalar
+from hf_tam.update import NUM_SUMS, AdamCoefficients, Coefficients, Scalar
 
 __all__ = ["is_available", "partial_sums", "update", "whole_step", "why_not"]
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
-from hf_tam.backends.protocol import NUM_SUMS, Report
+from hf_tam.backends.protocol import Report
 from hf_tam.backends.tensors import Tensors
 from hf_tam.backends.triton.chunks import UPDATE_BLOCK
 from hf_tam.backends.triton.launch import bind, combine, compiled_for, new_partials, on, sum_chunks
 from hf_tam.backends.triton.step_kernels import REPORTS, adam_step_kernel, sgd_step_kernel
 from hf_tam.backends.triton.update_kernels import update_kernel
-from hf_tam.update import AdamCoefficients, Coefficients, Scalar
+from hf_tam.update import NUM_SUMS, AdamCoefficients, Coefficients, Scalar
 
 __all__ = ["bind", "partial_sums", "update", "whole_step"]
 
