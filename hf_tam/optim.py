@@ -92,8 +92,9 @@ class AdaTAMW(_Adaptive):
             all the same.
         max_grad_norm: Clip the gradients to this global norm inside the step, as torch.nn.utils.clip_grad_norm_ before
             it would, at next to no cost (the norm comes with the angles, also over shards); the same for all param
-            groups. The norm is taken over the parameters of *this* optimizer, and refused as scope "model" is. Tensors that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not.
-            With coupled weight decay the norm is taken first, in a walk and a reduction of its own. None: no clipping.
+            groups. The norm is taken over the parameters of *this* optimizer, and refused as scope "model" is. Tensors
+            that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not. With coupled
+            weight decay the norm is taken first, in a walk and a reduction of its own. None: no clipping.
         maximize: Ascend instead of descend.
         foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels.
         fused: Use the fused backend. None: on the CPU, and on accelerators that Triton compiles for.

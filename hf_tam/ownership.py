@@ -135,6 +135,11 @@ def shape_of(param: Tensor) -> tuple[int, ...] | None:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
+def kind_of(param: Tensor) -> str:
+    """Shape and dtype, to be told to other ranks."""
+    return f"{shape_of(param)} {param.dtype}"
+
+
 def _kind(param: Tensor) -> type[Tensor]:
     """The type, for a lazy parameter the one that it will have."""
     return getattr(param, "cls_to_become", type(param))

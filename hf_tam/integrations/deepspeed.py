@@ -130,9 +130,10 @@ def _refuse_stages(optimizer: TorqueAware, *, zero_stage: int) -> None:
             'which hf_tam does not follow: use "zero_optimization": {"stage": 0} with it.'
         )
     for group in optimizer.param_groups:
+        asked = "scope='model'" if group["scope"] == "model" else f"max_grad_norm={group['max_grad_norm']}"
         if group["scope"] == "model" or group["max_grad_norm"] is not None:
             raise ValueError(
-                f"scope={group['scope']!r} and max_grad_norm={group['max_grad_norm']} would be taken over the "
+                f"{asked} would be taken over the "
                 "parameters of one pipeline stage instead of the model's: use scope='tensor', and gradient_clipping "
                 "in the DeepSpeed configuration."
             )

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from hf_tam.ownership import kind_of
 from hf_tam.sharding.groups import ShardGroups
 from hf_tam.sharding.reducer import Reduced, WholeParameters
 
@@ -28,7 +29,7 @@ class DTensorReducer(WholeParameters):
 
     def __init__(self, params: Sequence[Tensor], *, names: Sequence[str | None]) -> None:
         """Find each parameter's groups. No communication."""
-        kinds = [f"{tuple(param.shape)} {param.dtype}" for param in params]
+        kinds = [kind_of(param) for param in params]
         self.groups = ShardGroups([_shard_groups(param) for param in params], names, kinds)
 
     def local(self, tensor: Tensor) -> Tensor:

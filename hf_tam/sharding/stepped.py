@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_tam import update
+from hf_tam.ownership import kind_of
 from hf_tam.sharding.reducer import Reducer, WholeParameters
 from hf_tam.sharding.terms import DECAYS, LOADED, Row, Shared, Terms
 
@@ -86,7 +87,7 @@ class Stepped(NamedTuple):
         options = [{key: _plain(group[key]) for key in _COMPARED} for group in self.groups for _ in group["params"]]
         cut = self.reducer.groups
         if cut is None:
-            return [Row(None, _kind(param), some) for param, some in zip(self.params, options, strict=True)]
+            return [Row(None, kind_of(param), some) for param, some in zip(self.params, options, strict=True)]
         if self.is_partitioned:  # the buffers of one param group
             options = options[:1] * len(cut.kinds)
         return [Row(*row) for row in zip(cut.names, cut.kinds, options, strict=True)]
@@ -116,7 +117,7 @@ class Stepped(NamedTuple):
         cut = self.reducer.groups
         indices = set() if cut is None else set(chain.from_iterable(cut.rows.values()))
         whole = [param for index, param in enumerate(self.params) if index not in indices]
-        return digest(f"{_kind(param)} {self._sample(param).tolist()}".encode() for param in whole)
+        return digest(f"{kind_of(param)} {self._sample(param).tolist()}".encode() for param in whole)
 
     def gradients(self) -> list[tuple[str, float]]:
         """A digest and the norm of every gradient that says anything, of some elements, where all tensors are whole.
@@ -128,7 +129,7 @@ class Stepped(NamedTuple):
             if param.grad is not None and not param.grad.is_sparse:
                 sample = self._sample(param.grad)
                 if sample.any() and sample.isfinite().all():
-                    told = digest([f"{_kind(param)} {sample.tolist()}".encode()])[:16]
+                    told = digest([f"{kind_of(param)} {sample.tolist()}".encode()])[:16]
                     found.append((told, sample.norm().item()))
         return found
 
@@ -158,7 +159,3 @@ def digest(parts: Iterable[bytes]) -> str:
 def _plain(value: Any) -> Any:
     """Numbers of other libraries as Python's, to be written to the store."""
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) else value
-
-
-def _kind(param: Tensor) -> str:
-    return f"{tuple(param.shape)} {param.dtype}"

@@ -113,13 +113,16 @@ def _lists(rank: int, rows: Sequence[Row], other_rank: int, others: Sequence[Row
 
 
 def first_moved(rows: Sequence[Row], others: Sequence[Row]) -> int | None:
-    """The first place at which `others` have the name that another place has in `rows`.
+    """The first place at which `others` have the name that only other places have in `rows`.
 
-    Names are not compared otherwise: what one rank calls otherwise, or not at all, may be the same.
+    Names are not compared otherwise: what one rank calls otherwise, or not at all, may be the same, and tensors of two
+    models may have the same name.
     """
-    places = {row.name: position for position, row in enumerate(rows) if row.name is not None}
+    places: dict[str | None, set[int]] = {}
+    for position, row in enumerate(rows):
+        places.setdefault(row.name, set()).add(position)
     named = ((position, row.name) for position, row in enumerate(others) if row.name is not None)
-    return next((position for position, name in named if places.get(name, position) != position), None)
+    return next((position for position, name in named if position not in places.get(name, {position})), None)
 
 
 def _called(position: int, row: Row | None) -> str:

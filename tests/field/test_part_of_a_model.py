@@ -453,13 +453,6 @@ def test_the_stages_of_deepspeed_with_an_angle_a_tensor(worlds):
         assert result["parameters"] <= PARAMETERS, result
 
 
-@pytest.mark.parametrize("options", TOGETHER)
-def test_the_stages_of_deepspeed_with_all_parameters_together(worlds, options):
-    pytest.importorskip("deepspeed")
-    results = worlds(2, "parts").run(outcome, deepspeed_pipeline, options)
-    assert_all_refused(results, "step different parameters", "stages of a pipeline", "use scope='tensor'")
-
-
 def replicas_that_round_differently(options):
     """What two kinds of accelerators may do to the last bits of a gradient."""
     model = DistributedDataParallel(Model())
