@@ -47,7 +47,7 @@ class Fsdp1Reducer(WholeParameters):
             original = slices.get(id(param))
             name, shape = names[position], tuple(param.shape)
             if original is not None:
-                name, shape = original.name, original.shape
+                name, shape = name or original.name, original.shape
             elif getattr(param, FSDP1_MARK, False):
                 attached = " and ".join(type(module).__name__ for module in modules)
                 raise RuntimeError(
