@@ -54,6 +54,7 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
     states: dict[Hashable, dict[str, Any]] = {}
     kept: dict[Hashable, dict[str, Any]] = {}
     unused: dict[str, str] = {}
+    overtaken: str | None = None
     # Under ZeRO a buffer has no name of its own.
     names = repeat(None) if optimizer._logical.is_partitioned(groups) else iter(optimizer._names())
     for group, saved in zip(groups, saved_groups, strict=True):
@@ -64,10 +65,20 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
             where = _describe(next(names), key, param)
             if key in source and key not in states:  # a parameter may stand in the groups twice
                 states[key], kept[key] = adapter.adapt(source[key], param, where)
+                if overtaken is None and _has_gone_on(optimizer, source[key], param):
+                    overtaken = where
                 for foreign in source[key].keys() - adapter.known if "torque" not in source[key] else ():
                     unused.setdefault(foreign, where)
     for group, saved in zip(groups, saved_groups, strict=True):
         adapt_group(optimizer, group, saved)
+    if overtaken is not None:
+        warnings.warn(
+            f"this state_dict was loaded before, and the moments in it (of {overtaken}, first) are those that the "
+            "optimizer has stepped since, as torch.optim shares them too: it is no way back. Load copy.deepcopy of a "
+            "state_dict that is to be loaded again",
+            UserWarning,
+            stacklevel=2,
+        )
     if unused:
         warnings.warn(
             f"the saved state of {next(iter(unused.values()))} holds {sorted(map(str, unused))} besides what "
@@ -76,6 +87,14 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
             stacklevel=2,
         )
     return Adapted({**state_dict, "state": {**source, **states}, "param_groups": saved_groups}, kept)
+
+
+def _has_gone_on(optimizer: TorqueAware, saved: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a saved state holds the moments of a parameter as they are now, and is of another step."""
+    state = optimizer.state.get(param, {})
+    if not any(state.get(key) is not None and saved.get(key) is state[key] for key in optimizer.moments):
+        return False
+    return saved.get("step") is not None and float(saved["step"]) != float(state.get("step", 0.0))
 
 
 def adapt_groups(optimizer: TorqueAware, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,7 +196,7 @@ class _StateAdapter:
             )
         if moment.shape != param.shape:
             raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
-        if getattr(moment, "placements", None) != getattr(param, "placements", None):
+        if any(getattr(moment, part, None) != getattr(param, part, None) for part in ("placements", "device_mesh")):
             raise ValueError(
                 f"the saved {key} of {where} is not sharded as the parameter is; load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"

@@ -29,6 +29,7 @@ class _Selected(NamedTuple):
         specs: Where and how each is cut and how large it is, where there are DTensors.
         plain: How many elements each has, and whether FSDP1 keeps slices of it, where there are others.
         frozen: The positions of those that are not trained, which may be anything.
+        repeats: Whether one stands there more than once.
     """
 
     reducer: Reducer
@@ -37,6 +38,7 @@ class _Selected(NamedTuple):
     specs: list[Any] | None
     plain: tuple[list[int], list[bool]] | None
     frozen: list[int]
+    repeats: bool
 
     @classmethod
     def of(cls, reducer: Reducer, params: Sequence[Tensor]) -> _Selected:
@@ -48,6 +50,7 @@ class _Selected(NamedTuple):
             specs=specs if any(spec is not None for spec in specs) else None,
             plain=_plain(params) if any(spec is None for spec in specs) else None,
             frozen=[position for position, param in enumerate(params) if is_frozen(param)],
+            repeats=len(set(map(id, params))) < len(params),
         )
 
     def serves(self, params: Sequence[Tensor]) -> bool:
@@ -84,6 +87,9 @@ class LogicalTensors:
     there is a reducer for each set of tensors that has been stepped.
 
     No tensor is referred to: what is needed of one is looked up in `param_groups`, `state` and the attached modules.
+
+    Attributes:
+        repeats: Whether a parameter stands in `param_groups` more than once, as of the last selection.
     """
 
     def __init__(self) -> None:
@@ -91,6 +97,7 @@ class LogicalTensors:
         self._owned = OwnedParameters()
         self._attached: list[_Attached] = []
         self._selected: dict[tuple[int, ...], _Selected] = {}
+        self.repeats = False
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Remember the parameters of a param group, and their names where it has them."""
@@ -137,6 +144,7 @@ class LogicalTensors:
             self._refuse_replaced(params)
         known = self._selected.get(tuple(map(id, params)))
         if known is not None and known.serves(params):
+            self.repeats = known.repeats
             return known.reducer
         modules = self._modules()
         for module in modules:  # FSDP2 puts other parameters in the module's place
@@ -151,6 +159,7 @@ class LogicalTensors:
             self._owned.settle(params, owned)
             self._attached = [_Attached.of(module, selected.ids) for module in modules]
         self._selected[selected.ids] = selected
+        self.repeats = selected.repeats
         return reducer
 
     def _refuse_replaced(self, params: Sequence[Tensor]) -> None:

@@ -87,9 +87,9 @@ class AdaTAMW(_Adaptive):
         torque_steps: The torque acts in the first N steps of a tensor and is neutral afterwards (the paper's TAM as
             warm-up); None: always.
         nonfinite: What a NaN or Inf in a gradient does. "skip": that tensor (scope "model": the whole step) is left
-            untouched, counted and warned of once. "raise": FloatingPointError before anything is changed; reads a
-            number every step, so it waits for an accelerator. "propagate": as torch.optim; the torque stays finite
-            all the same.
+            untouched, counted and warned of once; a gradient whose squares float64 cannot add up counts as one.
+            "raise": FloatingPointError before anything is changed; reads a number every step, so it waits for an
+            accelerator. "propagate": as torch.optim; the torque stays finite all the same.
         max_grad_norm: Clip the gradients to this global norm inside the step, as torch.nn.utils.clip_grad_norm_ before
             it would, at next to no cost (the norm comes with the angles, also over shards); the same for all param
             groups. The norm is taken over the parameters of *this* optimizer, and refused as scope "model" is. Tensors

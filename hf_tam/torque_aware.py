@@ -175,6 +175,7 @@ class TorqueAware(Optimizer, ABC):
             limit=self._max_grad_norm(),
             found_inf=getattr(self, "found_inf", None),
             grad_scale=getattr(self, "grad_scale", None),
+            repeats=self._logical.repeats,
         )
 
     @property
@@ -247,7 +248,8 @@ class TorqueAware(Optimizer, ABC):
         start from (`initial_lr`). A learning rate that no scheduler has noted is the saved one without a word.
 
         What else stands in states, groups and beside the parameters is kept, and saved again. Moments are shared with
-        `state_dict` where dtype and device allow, as torch.optim shares them.
+        `state_dict` where dtype and device allow, as torch.optim shares them: what is to be loaded twice must be
+        copied before (copy.deepcopy), and a second load without that warns.
 
         Raises:
             ValueError: Another optimizer's state, AMSGrad's, quantised moments, or tensors of other shapes than the

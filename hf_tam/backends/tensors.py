@@ -10,6 +10,7 @@ memory alive that its owner has given up, and a weak one keeps torch from swappi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -98,7 +99,7 @@ class Tensors:
 class _Lie(NamedTuple):
     """How tensors lie in memory, an entry each. What is not a plain tensor has no address, and strides of its own."""
 
-    numels: list[int]
+    shapes: list[torch.Size]
     strides: list[Any]
     dtypes: list[torch.dtype]
     devices: list[torch.device]
@@ -122,7 +123,7 @@ class Memory:
     Attributes:
         signature: What it was found out from.
         walkable: For each tensor whether parameter and moments are plain tensors of one dtype and one layout that
-            fills a stretch of memory, which a kernel can walk from its address.
+            fills a stretch of memory that is no other tensor's, which a kernel can walk from its address.
         is_walkable_throughout: Whether all are.
         dtypes: Those of the parameters.
         kept: What backends have worked out from it, each under its name; numbers only.
@@ -189,7 +190,29 @@ def look(
         and not any(map(Tensor.is_neg, held))
         for rows, held in zip(zip(*lies, strict=True), together, strict=True)
     ]
+    for at in _entangled(signature, walkable):
+        walkable[at] = False
     return Memory(signature, walkable, all(walkable), set(signature.params.dtypes)), fits
+
+
+def _entangled(signature: _Signature, walkable: Sequence[bool]) -> set[int]:
+    """Which of the walkable tensors share memory with another (tied by `.data`): two threads must not take both."""
+    columns = [(signature.param_addresses, signature.params), (signature.first_addresses, signature.firsts)]
+    if signature.seconds is not None:
+        columns.append((signature.second_addresses, signature.seconds))
+    stretches = sorted(
+        (address, address + math.prod(shape) * dtype.itemsize, at)
+        for addresses, lie in columns
+        for at, (address, shape, dtype) in enumerate(zip(addresses, lie.shapes, lie.dtypes, strict=True))
+        if walkable[at]
+    )
+    found, furthest, owner = set(), 0, 0
+    for begin, end, at in stretches:
+        if begin < min(furthest, end):
+            found |= {at, owner}
+        if end > furthest:
+            furthest, owner = end, at
+    return found
 
 
 def _rows(lie: _Lie) -> list[tuple[Any, ...]]:
@@ -211,9 +234,8 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _lie(tensors: Sequence[Tensor]) -> _Lie:
-    # With equal strides, as many elements are the same shape, but for dimensions of size 1.
     return _Lie(
-        list(map(Tensor.numel, tensors)),
+        list(map(Tensor.size, tensors)),
         list(map(Tensor.stride, tensors)),
         list(map(_DTYPE, tensors)),
         list(map(_DEVICE, tensors)),

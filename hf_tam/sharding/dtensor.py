@@ -37,9 +37,18 @@ class DTensorReducer(WholeParameters):
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def gradient(self, param: Tensor) -> Tensor | None:
-        """The local shard of the gradient. Redistributes (and so communicates) only where its placements differ."""
+        """The local shard of the gradient. Redistributes (and so communicates) only where its placements differ.
+
+        Raises:
+            RuntimeError: It is on another mesh, where each rank may hold another shard.
+        """
         grad = param.grad
         if isinstance(grad, DTensor) and isinstance(param, DTensor):
+            if grad.device_mesh != param.device_mesh:
+                raise RuntimeError(
+                    f"a parameter (shape {tuple(param.shape)}) is on {param.device_mesh}, and its gradient on "
+                    f"{grad.device_mesh}: bring it to the parameter's mesh before the step"
+                )
             if grad.placements != param.placements:
                 grad = grad.redistribute(placements=param.placements)
             return grad.to_local()

@@ -83,7 +83,7 @@ class Gatherer:
         name: Callable[[int], str],
     ) -> None:
         """Add the tensors of a param group to those that are `found`."""
-        grads = [reducer.gradient(param) for param in group["params"]]
+        grads = [None if param is None else reducer.gradient(param) for param in group["params"]]
         places = [place for place, grad in enumerate(grads) if grad is not None]
         if not places:
             return
@@ -173,6 +173,26 @@ def _real(tensors: list[Tensor]) -> list[Tensor]:
     if any(map(Tensor.is_complex, tensors)):
         return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
     return tensors
+
+
+def rounds(param_groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The param groups, and once more what stands in one of them repeatedly: torch.optim steps it as often.
+
+    What does not belong to a round is None in its place.
+    """
+    left = [list(enumerate(group["params"])) for group in param_groups]
+    found = []
+    while any(left):
+        round_, later = [], []
+        for group, params in zip(param_groups, left, strict=True):
+            first = dict(reversed([(id(param), place) for place, param in params]))
+            chosen = set(first.values())
+            kept = [param if place in chosen else None for place, param in enumerate(group["params"])]
+            round_.append({**group, "params": kept})
+            later.append([(place, param) for place, param in params if place not in chosen])
+        found.append(round_)
+        left = later
+    return found
 
 
 class _Held(NamedTuple):

@@ -44,7 +44,7 @@ def common_limit(groups: Sequence[Mapping[str, Any]]) -> float | None:
             f"the param groups have different values of max_grad_norm ({limits}): what is clipped is the norm of "
             "all gradients together, so give them all the same"
         )
-    limit: float | None = next(iter(limits))
+    limit: float | None = next(iter(limits), None)
     return limit
 
 

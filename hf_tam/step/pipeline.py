@@ -14,7 +14,7 @@ from hf_tam.family import Family
 from hf_tam.sharding import LocalReducer, Reducer, WholeParameters
 from hf_tam.step import guards
 from hf_tam.step.batch import Batch
-from hf_tam.step.gathering import Gatherer
+from hf_tam.step.gathering import Gatherer, rounds
 from hf_tam.step.telemetry import Telemetry
 
 ParamGroups = list[dict[str, Any]]
@@ -44,6 +44,7 @@ class Pipeline:
         limit: float | None,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
+        repeats: bool = False,
     ) -> None:
         """Take one step: sums, angles, coefficients, update. Until the update nothing is changed.
 
@@ -57,11 +58,34 @@ class Pipeline:
             limit: The norm to which the gradients are clipped, if they are.
             found_inf: Not 0 where the step must not be taken, shape () or (1,); torch.amp.GradScaler's.
             grad_scale: What the gradients are to be divided by, shape () or (1,); GradScaler's.
+            repeats: Whether a parameter stands in a group more than once.
         """
         is_new = not any(isinstance(key, Tensor) for key in states)  # hooks put entries of their own there
+        scaler = None if found_inf is None and grad_scale is None else guards.LossScale(found_inf, grad_scale)
+        batches = []
+        for groups in rounds(param_groups) if repeats else [param_groups]:
+            taken = self._take(groups, states, reducer, limit, scaler, name=name)
+            if taken is None:
+                return
+            batches += taken
+        self._telemetry.record(reducer, batches)
+        if is_new and isinstance(reducer, WholeParameters):
+            _forget_initialisation(batches)
+        self._telemetry.warn(batches)
+
+    def _take(
+        self,
+        param_groups: ParamGroups,
+        states: States,
+        reducer: Reducer,
+        limit: float | None,
+        scaler: guards.LossScale | None,
+        *,
+        name: Callable[[int], str],
+    ) -> list[Batch] | None:
+        """Step every tensor once; None where GradScaler calls the step off."""
         batches = self._gatherer.batches(param_groups, states, reducer, name=name)
         guards.require_one_device(batches)
-        scaler = None if found_inf is None and grad_scale is None else guards.LossScale(found_inf, grad_scale)
         left = batches
         if limit is None and scaler is None and isinstance(reducer, LocalReducer):
             left = self._take_whole_steps(batches)
@@ -73,7 +97,7 @@ class Pipeline:
             self._reduce(left, reducer, param_groups, needs_norms=limit is not None or scaler is not None)
             guards.scale(left, limit, scaler)
         if scaler is not None and scaler.calls_off(left, is_sharded=not isinstance(reducer, LocalReducer)):
-            return
+            return None
         guards.refuse_nonfinite(left, name)
         for together in _by_device(left):
             guards.leave_out_nonfinite(together, self._telemetry)
@@ -82,10 +106,7 @@ class Pipeline:
                 batch.advance(shared if batch.options.scope == "model" else None)
         for batch in batches:
             batch.packed.store()
-        self._telemetry.record(reducer, batches)
-        if is_new and isinstance(reducer, WholeParameters):
-            _forget_initialisation(batches)
-        self._telemetry.warn(batches)
+        return batches
 
     def _take_whole_steps(self, batches: list[Batch]) -> list[Batch]:
         """Let backends step by themselves what depends on nothing else, and return the batches that are left."""
@@ -139,7 +160,7 @@ class Pipeline:
             for batch, sums in zip(batches, local, strict=True):
                 batch.set_sums(sums, None)
             return
-        params = (param for group in param_groups for param in group["params"])
+        params = (param for group in param_groups for param in group["params"] if param is not None)
         device = next((param.device for param in params), torch.device("cpu"))
         nothing = torch.zeros(0, update.NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
         reduced = reducer.reduce(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import hf_tam
 from tests.field.loading import CLASSES, COUNTERPARTS, OURS, Run, is_ours, parameters_in, parameters_of, step
 
 EVERY_CLASS = pytest.mark.parametrize("name", [*OURS, "AdamW", "SGD"])
@@ -404,3 +405,27 @@ def test_torch_load_needs_no_code(name):
     torch.save(ours.state_dict(), buffer)
     buffer.seek(0)
     assert torch.load(buffer, weights_only=True)["param_groups"][0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_going_back_to_a_snapshot_twice(copied):
+    """torch.optim takes the moments of a state_dict over, so that the second way back leads nowhere."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = hf_tam.AdaTAMW([parameter], lr=0.1)
+
+    def steps(count):
+        for seed in range(count):
+            parameter.grad = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+
+    steps(2)
+    snapshot = copy.deepcopy(optimizer.state_dict())
+    for turn in range(3):
+        optimizer.load_state_dict(optimizer.state_dict())  # says nothing
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.load_state_dict(copy.deepcopy(snapshot) if copied else snapshot)
+        assert ["it is no way back" in str(warning.message) for warning in caught] == [True] * (
+            turn > 0 and not copied
+        )
+        steps(3)

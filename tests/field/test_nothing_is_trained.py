@@ -62,3 +62,11 @@ def test_steps_without_gradient_later_on():
 def test_no_parameter_at_all():
     """torch allows an empty group."""
     assert all(SAID in message for message in _warnings_of(hf_tam.AdaTAMW([{"params": []}]), 3))
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, hf_tam.AdaTAMW, hf_tam.AdaTAM, hf_tam.TAM])
+def test_an_optimizer_whose_groups_were_all_removed(cls):
+    optimizer = cls([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    optimizer.param_groups.clear()
+    optimizer.step()
+    assert not optimizer.state

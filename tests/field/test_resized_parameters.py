@@ -342,3 +342,20 @@ def _step_with(backend, optimizer):
 def test_the_default_is_the_compiled_backend():
     """Otherwise the tests above would not try it."""
     assert select_backend(torch.device("cpu"), foreach=None, fused=None, on_host=True) is native
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, hf_tam.AdaTAMW, hf_tam.AdaTAM, hf_tam.TAM])
+def test_another_shape_with_the_same_address_strides_and_size(cls):
+    """Elements 2 and 5 are not the new parameter's, and 6 and 7 are."""
+    buffer = torch.arange(12.0)
+    parameter = torch.nn.Parameter(buffer[:6].view(2, 3))
+    optimizer = cls([parameter], lr=0.1)
+    parameter.grad = torch.ones(2, 3)
+    optimizer.step()
+    parameter.grad = None
+    parameter.data = buffer.as_strided((3, 2), (3, 1))
+    parameter.grad = torch.ones(16).as_strided((3, 2), (3, 1))
+    before = buffer.clone()
+    with pytest.raises((RuntimeError, ValueError), match=r"size of tensor|has shape \(3, 2\), and its moment"):
+        optimizer.step()
+    assert buffer.equal(before) or cls is torch.optim.AdamW  # which had begun

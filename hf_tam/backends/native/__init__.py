@@ -135,7 +135,7 @@ def _rows(tensors: Tensors) -> array[int]:
         decay = array("q", array("d", [tensors.coupled_decay(at)]).tobytes())[0]  # the bits of the double
         rows.extend(
             (
-                signature.params.numels[at], _DTYPES[param.dtype], True, tensors.maximize,
+                math.prod(signature.params.shapes[at]), _DTYPES[param.dtype], True, tensors.maximize,
                 signature.param_addresses[at], 0, signature.first_addresses[at], second, decay, tensors.groups[at],
             )
         )  # fmt: skip

@@ -1,5 +1,6 @@
 /* The update of a stretch of one tensor. */
 #pragma once
+#include <float.h>
 #include <math.h>
 
 #include "numbers.h"
@@ -108,7 +109,9 @@ INLINE void adam_at(const tensor *t, int dtype, int coupled, int64_t i, const ad
           g = gradient(t, i, dtype, coupled) * n->clip;
     m = n->is_near_grad ? g - (g - m) * n->rest : m + (g - m) * n->weight;
     v = v * n->second_decay + g * n->second_weight * g;
-    p -= p * n->shrink + m / (sqrtf(v) + n->eps) * n->step_size;
+    /* An infinite parameter (a mask) stays what it is: Inf * 0 and Inf - Inf would be NaN. */
+    float finite = p > FLT_MAX ? FLT_MAX : p < -FLT_MAX ? -FLT_MAX : p;
+    p -= finite * n->shrink + m / (sqrtf(v) + n->eps) * n->step_size;
     store(t->param, i, dtype, p);
     store(t->first, i, dtype, m);
     store(t->second, i, dtype, v);

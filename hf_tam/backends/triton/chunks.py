@@ -112,5 +112,5 @@ def effective_grad(raw, param, coupled_decay, COUPLED: tl.constexpr, MAXIMIZE: t
     if MAXIMIZE:
         grad = -raw
     if COUPLED:
-        grad += coupled_decay * param
+        grad += tl.where(coupled_decay == 0.0, 0.0, coupled_decay * param)  # 0 * Inf would be NaN
     return grad

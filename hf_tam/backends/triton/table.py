@@ -10,6 +10,7 @@ freed while the optimizer lives.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from itertools import chain
@@ -191,7 +192,7 @@ def _bits(numbers: Sequence[Numbers]) -> list[int]:
 
 def _row(tensors: Tensors, at: int, *, first_chunk: int) -> list[int]:
     signature = tensors.memory.signature
-    numel = signature.params.numels[at]
+    numel = math.prod(signature.params.shapes[at])
     second = signature.second_addresses[at] if tensors.seconds else 0
     addresses = [signature.param_addresses[at], signature.first_addresses[at], second]
     return [*addresses, numel, chunk_length(numel), first_chunk, num_chunks(numel), tensors.groups[at]]
