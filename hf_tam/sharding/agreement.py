@@ -57,8 +57,11 @@ class Agreement:
     _unstepped: ClassVar[WeakSet[Agreement]] = WeakSet()
 
     def __init__(self) -> None:
-        """Nothing is agreed on yet."""
+        """Nothing is agreed on yet. Among several processes the store is told that there is one more to come."""
         self.alone = False
+        peers = find_peers() if _in_company() and dist.get_backend() != "fake" else None
+        if peers is not None:
+            peers.expect_another()
         self._unstepped.add(self)
         self._forget()
 
@@ -138,7 +141,8 @@ class Agreement:
         if dist.get_backend() == "fake":  # it only says that there are other processes
             return
         self._unstepped.discard(self)
-        cut, terms, peers = stepped.reducer.groups, stepped.terms(rows), find_peers()
+        cut, terms = stepped.reducer.groups, stepped.terms(rows)
+        peers = None if self.alone and cut is None else find_peers()  # whose turns are those of shared optimizers
         if before is not None:
             before.ask(terms, stepped.no_sums())
         held = [] if cut is None else list(cut.rows)

@@ -23,6 +23,8 @@ PATIENCE_S = 10.0
 """How long to wait, once, for ranks that may be there for another purpose; who trains together comes soon."""
 SHORT_PATIENCE_S = 2.0
 """The same where a difference would be no matter for this rank, but may be for another."""
+_GRACE_S = 1.0
+"""How long to wait for a rank that has last stepped another optimizer: it may be about to make this one."""
 _WATCHED = 8
 """Of how many ranks each one looks where they are; all together see to all, and the store has not much to do."""
 _COME = "all have come"
@@ -55,7 +57,9 @@ class Standing(NamedTuple):
 class Peers:
     """The other processes of the default process group.
 
-    Optimizers are told apart by turns: the first that is stepped has turn 0 on every rank, and so on.
+    Optimizers are told apart by turns: the first that is stepped has turn 0 on every rank, and so on. Ranks that step
+    optimizers of their own beside (a probe on rank 0) have had more turns, so what is compared by turn is only what
+    those hold who come to it, and who meets in a process group is found by the group.
 
     Args:
         group: The default process group.
@@ -71,11 +75,17 @@ class Peers:
         self._meetings: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 
     def tell(self, standing: Standing) -> int:
-        """Say what this rank steps now; one write to the store. Returns the turn."""
+        """Say what this rank steps now; two writes to the store. Returns the turn."""
         turn = self._turns
         self._turns += 1
         self._store.set(f"hf_tam/{turn}/{self.rank}", json.dumps(standing))
+        self._store.set(f"hf_tam/latest/{self.rank}", str(turn))
         return turn
+
+    def expect_another(self) -> None:
+        """Say that an optimizer was made that has not told anything yet; one write to the store, if this rank had."""
+        if self._turns:
+            self._store.set(f"hf_tam/{self._turns - 1}/{self.rank}/more", "")
 
     def condemn(self, turn: int, trouble: str) -> None:
         """Tell everybody whose turn it is what is wrong; one write to the store."""
@@ -135,11 +145,15 @@ class Peers:
         if self._store.add(f"{place}/count", 1) == len(ranks):
             self._first(outcome, _COME)
 
+        began = time.monotonic()
+
         def look() -> str | None:
             if self._has(outcome):
                 return str(self._store.get(outcome).decode())
+            if time.monotonic() < began + _GRACE_S:
+                return None
             troubles = (
-                self._absence(rank, turn, group) for rank in self._after(ranks) if not self._has(f"{place}/{rank}")
+                self._absence(rank, group) for rank in self._after(ranks) if not self._has(f"{place}/{rank}")
             )
             trouble = self.verdict(turn) or next(filter(None, troubles), None)
             return self._first(outcome, trouble) if trouble else None
@@ -155,10 +169,14 @@ class Peers:
         self.condemn(turn, found)
         return found
 
-    def _absence(self, rank: int, turn: int, group: ProcessGroup) -> str | None:
-        """Why a rank will not come to a meeting, where it has said so."""
+    def _absence(self, rank: int, group: ProcessGroup) -> str | None:
+        """Why a rank will not come to a meeting, where it has said so: of the optimizer that it began to step last."""
+        latest = f"hf_tam/latest/{rank}"
+        if not self._has(latest):
+            return None
+        turn = int(self._store.get(latest))
         standing = self._standing(rank, turn)
-        if standing is None:
+        if standing is None or self._has(f"hf_tam/{turn}/{rank}/more"):
             return None
         if standing.trouble is not None:
             return f"on rank {rank}: {standing.trouble}"

@@ -134,7 +134,7 @@ def pipeline(stage, options):
 
 @pytest.mark.distributed
 def test_pipeline_stages(worlds):
-    results = worlds(2).run(pipeline, 0, {})
+    results = worlds(2, "pipeline").run(pipeline, 0, {})
     assert [len(result[0]) for result in results] == [4, 2], results
     assert max(distance for _, distance in results) <= PARAMETERS
     for stage, options, words in (
@@ -142,7 +142,7 @@ def test_pipeline_stages(worlds):
         (0, {"max_grad_norm": 1.0}, "max_grad_norm=1.0 would be taken over the parameters of one pipeline stage"),
         (1, {}, "ZeRO-1 under DeepSpeed's pipeline cuts the tensors of a stage over some of the ranks only"),
     ):
-        assert all(words in message for message in worlds(2).run(pipeline, stage, options))
+        assert all(words in message for message in worlds(2, "pipeline").run(pipeline, stage, options))
 
 
 def ulysses():

@@ -34,6 +34,11 @@ def shard(name):
     return strategies.SHARDINGS[name].start(Model(False), "TAM", {}, 1).module
 
 
+def whole_model():
+    torch.manual_seed(5)
+    return Model(False)
+
+
 def backward(module, step=1):
     batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
     loss_of(module(batch, step), batch).backward()
@@ -458,3 +463,45 @@ def several_optimizers(name, lagging):
 def test_several_optimizers_and_one_more_on_one_rank(worlds, lagging):
     for calls in worlds(2, "several").run(several_optimizers, "fsdp2-reshard-True-2", lagging):
         assert calls == ["all_gather_object", "all_reduce"] * 2 + ["all_reduce"] * 2
+
+
+def probe(count=1, **options):
+    """A small model that one rank alone trains."""
+    module = nn.Linear(3, 2)
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.1, **options)
+    for _ in range(count):
+        module(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+
+
+def probes_on_one_rank(name, first, second, late):
+    """Probes before the first model, and between it and a second one. How far the torques are from one process."""
+    differences = []
+    for count in (first, second):
+        module, twin = shard(name), whole_model()
+        optimizers = [hf_tam.AdaTAMW(part.parameters(), lr=0.1) for part in (module, twin)]
+        if late:  # only now, when the optimizer is there
+            del optimizers[0]
+        if rank() == 0:
+            for _ in range(count):
+                probe(2)
+        if late:
+            time.sleep(0.5 * rank())
+            optimizers.insert(0, hf_tam.AdaTAMW(module.parameters(), lr=0.1))
+        if name.startswith("fsdp1"):
+            optimizers[0].attach(module)
+        steps(module, optimizers[0], 3)
+        steps(twin, optimizers[1], 3)
+        torques = [optimizer.torque_stats()["torque"] for optimizer in optimizers]
+        differences.append((torques[0] - torques[1]).abs().max().item())
+    return differences
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", ["fsdp2-reshard-True-2", "fsdp1-full_shard-2", "tp-2"])
+def test_optimizers_that_one_rank_has_beside(worlds, name, late):
+    """What is stepped first on one rank is not what is stepped first on the other; nobody waits for it."""
+    began = time.monotonic()
+    for differences in worlds(2, "beside").run(probes_on_one_rank, name, 1, 2, late):
+        assert max(differences) <= 1e-4  # gradients of flat parameters differ by rounding
+    assert time.monotonic() - began < 60
