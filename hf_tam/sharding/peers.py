@@ -152,9 +152,7 @@ class Peers:
                 return str(self._store.get(outcome).decode())
             if time.monotonic() < began + _GRACE_S:
                 return None
-            troubles = (
-                self._absence(rank, group) for rank in self._after(ranks) if not self._has(f"{place}/{rank}")
-            )
+            troubles = (self._absence(rank, group) for rank in self._after(ranks) if not self._has(f"{place}/{rank}"))
             trouble = self.verdict(turn) or next(filter(None, troubles), None)
             return self._first(outcome, trouble) if trouble else None
 

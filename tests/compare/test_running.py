@@ -304,8 +304,8 @@ def test_a_signal_ends_the_runs_too(number, tmp_path):
         [sys.executable, "-c", program, *words],
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, which may be running the tests, ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell's background job, or nohup, which may be running the tests, ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         start_new_session=True,
     )
     try:
