@@ -35,7 +35,7 @@ class _Place(NamedTuple):
 
 
 class _Followed(NamedTuple):
-    """Of one optimizer: the places of each parameter of each group, and which tensors had states."""
+    """Of one optimizer: the places of each parameter of each group, and which of them had states."""
 
     optimizer: TorqueAware
     groups: list[list[list[_Place]]]
@@ -65,7 +65,8 @@ class FollowedParameters:
             _Followed(
                 optimizer,
                 [[places.get(id(param), []) for param in group["params"]] for group in optimizer.param_groups],
-                {id(param) for param in optimizer.state},
+                # Under ZeRO states belong to buffers that stand in the groups during a step only.
+                {id(each) for group in optimizer.param_groups for each in group["params"] if each in optimizer.state},
             )
             for optimizer in optimizers
         ]
