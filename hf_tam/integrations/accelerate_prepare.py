@@ -241,6 +241,9 @@ def warn_of_strangers(optimizer: TorqueAware, *, models: Iterable[nn.Module], op
         models: All that were prepared.
         optimizers: All that were prepared, of any class.
     """
+    models = list(models)
+    if any(map(_is_engine, models)):  # DeepSpeed's groups hold buffers of its own
+        return
     owned = {id(param): name for model in models for name, param in named_parameters(model) if param.requires_grad}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     strangers = [param for param in params if id(param) not in owned and param.requires_grad]
