@@ -149,7 +149,7 @@ def look(
 
     Args:
         params: The parameters.
-        grads: The gradients.
+        grads: The gradients; those that are zeros without memory are replaced in the list.
         firsts: The first moments.
         seconds: The second moments, or none.
         known: What was found the last time; returned if it still holds.
@@ -160,17 +160,22 @@ def look(
 
     Raises:
         ValueError: A gradient or a moment has another shape than its parameter, or lies on another device; or a moment
-            has the dtype neither of its parameter nor of the gradient.
+            has the dtype neither of its parameter nor of the gradient; or the memory of one was freed.
+        RuntimeError: A parameter was made in inference mode, and this is outside of it.
     """
     signature = _Signature(
         _addresses(params), _addresses(firsts), _addresses(seconds), _lie(params), _lie(firsts),
         _lie(seconds) if seconds else None,
     )  # fmt: skip
+    _require_memory(grads, _addresses(grads), "gradient", name)
     lie = _lie(grads)
     fit_all = lie == signature.params
     is_known = known is not None and known.signature == signature
     moments_fit = all(held.dtypes == signature.params.dtypes for held in (signature.firsts, signature.seconds or lie))
     if not is_known or not fit_all or not moments_fit:
+        _require_memory(params, signature.param_addresses, "values", name)
+        _require_memory(firsts, signature.first_addresses, "first moment", name)
+        _require_memory(seconds, signature.second_addresses, "second moment", name)
         for at, param in enumerate(params):
             moments = [firsts[at], seconds[at]] if seconds else [firsts[at]]
             _require_together(param, grads[at], moments, at, name)
@@ -242,9 +247,37 @@ def _lie(tensors: Sequence[Tensor]) -> _Lie:
     )
 
 
+def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, name: Callable[[int], str]) -> None:
+    """Refuse plain tensors whose storage was freed, which torch would read; fill in torch's zeros without memory."""
+    if 0 not in addresses:
+        return
+    for at, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
+        if address or not tensor.numel() or not _is_plain(tensor):
+            continue
+        if not torch._is_zerotensor(tensor):
+            raise ValueError(
+                f"the {what} of parameter {name(at)} (shape {tuple(tensor.shape)}) has no memory: its storage was "
+                "freed (`untyped_storage().resize_(0)`). Nothing was changed; bring it back before the step"
+            )
+        tensors[at] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _is_versioned(tensor: Tensor) -> bool:
+    """Whether torch lets it be written to outside of inference mode; one that got its `.data` from there may be."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
+
+
 def _require_together(
     param: Tensor, grad: Tensor, moments: Sequence[Tensor], at: int, name: Callable[[int], str]
 ) -> None:
+    if param.is_inference() and not _is_versioned(param) and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"Inplace update to inference tensor outside InferenceMode is not allowed: parameter {name(at)} (shape "
+            f"{tuple(param.shape)}) was made in torch.inference_mode(); build the model outside of it"
+        )
     for what, tensor in [("gradient", grad), *(("moment in optimizer.state", moment) for moment in moments)]:
         if tensor.shape != param.shape:
             raise ValueError(
