@@ -252,7 +252,7 @@ def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, 
     if 0 not in addresses:
         return
     for at, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
-        if address or not tensor.numel() or not _is_plain(tensor):
+        if address or tensor.is_meta or not tensor.numel() or not _is_plain(tensor):
             continue
         if not torch._is_zerotensor(tensor):
             raise ValueError(
