@@ -7,6 +7,7 @@ tensor is another angle, so there is nothing to fall back to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -221,6 +222,12 @@ def _kind(param: Tensor, owned: OwnedParameters, *, partitioned: bool) -> str:
     return "zero" if partitioned else "stranger"
 
 
+def _is_flattened(param: Tensor, shapes: Sequence[tuple[int, ...] | None], count: int) -> bool:
+    """Whether a vector in the place of more tensors than there are now may hold all of them, with padding."""
+    total = sum(math.prod(shape) for shape in shapes if shape is not None)
+    return param.ndim == 1 and count < len(shapes) and param.numel() >= total
+
+
 def _why_not_whole(param: Tensor, owned: OwnedParameters, kinds: Sequence[str]) -> str | None:
     """Why a tensor that somebody put into `param_groups`, or has changed there, is not taken for whole; None if it is.
 
@@ -232,6 +239,12 @@ def _why_not_whole(param: Tensor, owned: OwnedParameters, kinds: Sequence[str]) 
             "it is no parameter, and none that this optimizer was built with, so a wrapper put a flat or sharded "
             "buffer, or a copy, in its place (DeepSpeed without ZeRO does, in fp16 and bf16). With DeepSpeed ZeRO, or "
             "if you put it there yourself, call optimizer.attach(module)"
+        )
+    if set(kinds) == {"stranger"} and _is_flattened(param, owned.shapes_in_order(), len(kinds)):
+        return (
+            "it is as large as all tensors together that this optimizer was built with, so that something (DeepSpeed "
+            "ZeRO, for one) has put a flat buffer in their place, of which one angle would be taken: call "
+            "optimizer.attach(module) with what it is a parameter of"
         )
     if not several_processes() or is_frozen(param):
         return None
