@@ -248,16 +248,17 @@ def _lie(tensors: Sequence[Tensor]) -> _Lie:
 
 
 def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, name: Callable[[int], str]) -> None:
-    """Refuse plain tensors whose storage was freed, which torch would read; fill in torch's zeros without memory."""
+    """Refuse plain tensors whose storage was freed; gradients that are zeros without memory are given some."""
     if 0 not in addresses:
         return
     for at, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
         if address or tensor.is_meta or not tensor.numel() or not _is_plain(tensor):
             continue
-        if not torch._is_zerotensor(tensor):
+        if what != "gradient" or not torch._is_zerotensor(tensor):  # others are to be written to
             raise ValueError(
-                f"the {what} of parameter {name(at)} (shape {tuple(tensor.shape)}) has no memory: its storage was "
-                "freed (`untyped_storage().resize_(0)`). Nothing was changed; bring it back before the step"
+                f"the {what} of parameter {name(at)} (shape {tuple(tensor.shape)}) has no memory, so its storage was "
+                "freed (`untyped_storage().resize_(0)`) or never there. Nothing was changed; give it memory before the "
+                "step"
             )
         tensors[at] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 

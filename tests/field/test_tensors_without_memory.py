@@ -66,3 +66,14 @@ def test_values_that_were_made_in_inference_mode(cls):
     parameter.grad = gradient
     cls([parameter], lr=0.1).step()
     assert (parameter < 2).all()
+
+
+@pytest.mark.parametrize("cls", OURS)
+def test_moments_that_are_zeros_without_memory(cls):
+    """They are to be written to, which torch refuses too."""
+    optimizer, parameters = stepped(cls)
+    optimizer.state[parameters[1]][optimizer.moments[0]] = torch._efficientzerotensor((6,))
+    before = parameters[0].detach().clone()
+    with pytest.raises(ValueError, match="has no memory"):
+        optimizer.step()
+    assert before.equal(parameters[0])
