@@ -196,7 +196,7 @@ class _StateAdapter:
             )
         if moment.shape != param.shape:
             raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
-        if any(getattr(moment, part, None) != getattr(param, part, None) for part in ("placements", "device_mesh")):
+        if getattr(moment, "placements", None) != getattr(param, "placements", None):
             raise ValueError(
                 f"the saved {key} of {where} is not sharded as the parameter is; load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
