@@ -257,7 +257,7 @@ def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, 
         if what != "gradient" or not torch._is_zerotensor(tensor):  # others are to be written to
             raise ValueError(
                 f"the {what} of parameter {name(at)} (shape {tuple(tensor.shape)}) has no memory: its storage was "
-                "freed (`untyped_storage().resize_(0)`), or never there. Nothing was changed; give it some before the step"
+                "freed (`untyped_storage().resize_(0)`), or never there. Nothing was changed; give it some"
             )
         tensors[at] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
