@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +103,23 @@ class _Lie(NamedTuple):
     strides: list[Any]
     dtypes: list[torch.dtype]
     devices: list[torch.device]
+    is_contiguous: bool
+
+    def is_that_of(self, tensors: Sequence[Tensor], *, devices: bool = True) -> bool:
+        """Whether the tensors lie like this. One at a time: the many small tuples cost more to keep than to make.
+
+        Args:
+            tensors: The tensors.
+            devices: Whether the devices are looked at, too.
+        """
+        if len(tensors) != len(self.shapes) or not all(map(eq, map(Tensor.size, tensors), self.shapes)):
+            return False
+        if not self.is_contiguous or not all(map(Tensor.is_contiguous, tensors)):  # the strides follow from the shape
+            if not all(map(eq, map(Tensor.stride, tensors), self.strides)):
+                return False
+        if not all(map(is_, map(_DTYPE, tensors), self.dtypes)):
+            return False
+        return not devices or all(map(eq, map(_DEVICE, tensors), self.devices))
 
 
 class _Signature(NamedTuple):
@@ -114,6 +131,26 @@ class _Signature(NamedTuple):
     params: _Lie
     firsts: _Lie
     seconds: _Lie | None
+
+    @classmethod
+    def of(cls, params: list[Tensor], firsts: list[Tensor], seconds: list[Tensor]) -> _Signature:
+        """What there is to be seen of them."""
+        return cls(
+            _addresses(params), _addresses(firsts), _addresses(seconds), _lie(params), _lie(firsts),
+            _lie(seconds) if seconds else None,
+        )  # fmt: skip
+
+    def is_that_of(self, params: list[Tensor], firsts: list[Tensor], seconds: list[Tensor]) -> bool:
+        """Whether nothing of it is another."""
+        before = (self.param_addresses, self.first_addresses, self.second_addresses)
+        if before != (_addresses(params), _addresses(firsts), _addresses(seconds)):
+            return False
+        devices = any(0 in addresses for addresses in before)  # every other address belongs to one device
+        return (
+            self.params.is_that_of(params, devices=devices)
+            and self.firsts.is_that_of(firsts, devices=devices)
+            and (self.seconds.is_that_of(seconds, devices=devices) if self.seconds else not seconds)
+        )
 
 
 @dataclass(slots=True)
@@ -163,30 +200,25 @@ def look(
             has the dtype neither of its parameter nor of the gradient; or the memory of one was freed.
         RuntimeError: A parameter was made in inference mode, and this is outside of it.
     """
-    signature = _Signature(
-        _addresses(params), _addresses(firsts), _addresses(seconds), _lie(params), _lie(firsts),
-        _lie(seconds) if seconds else None,
-    )  # fmt: skip
+    is_known = known is not None and known.signature.is_that_of(params, firsts, seconds)
+    signature = known.signature if known is not None and is_known else _Signature.of(params, firsts, seconds)
     _require_memory(grads, _addresses(grads), "gradient", name)
-    lie = _lie(grads)
-    fit_all = lie == signature.params
-    is_known = known is not None and known.signature == signature
-    moments_fit = all(held.dtypes == signature.params.dtypes for held in (signature.firsts, signature.seconds or lie))
-    if not is_known or not fit_all or not moments_fit:
+    fit_all = signature.params.is_that_of(grads)
+    moments = [held for held in (signature.firsts, signature.seconds) if held is not None]
+    if not is_known or not fit_all or any(held.dtypes != signature.params.dtypes for held in moments):
         _require_memory(params, signature.param_addresses, "values", name)
         _require_memory(firsts, signature.first_addresses, "first moment", name)
         _require_memory(seconds, signature.second_addresses, "second moment", name)
         for at, param in enumerate(params):
-            moments = [firsts[at], seconds[at]] if seconds else [firsts[at]]
-            _require_together(param, grads[at], moments, at, name)
+            _require_together(param, grads[at], [firsts[at], *seconds[at : at + 1]], at, name)
     fits = None
     if not fit_all or not _are_plain(grads) or any(map(Tensor.is_neg, grads)):
-        pairs = zip(_rows(lie), _rows(signature.params), grads, strict=True)
+        pairs = zip(_rows(_lie(grads)), _rows(signature.params), grads, strict=True)
         fits = [left == right and _is_plain(grad) and not grad.is_neg() for left, right, grad in pairs]
     if is_known:
         assert known is not None
         return known, fits
-    lies = [_rows(held) for held in (signature.params, signature.firsts, signature.seconds) if held is not None]
+    lies = [_rows(held) for held in (signature.params, *moments)]
     together = zip(params, firsts, seconds or firsts, strict=True)
     walkable = [
         _are_plain(held)
@@ -221,7 +253,7 @@ def _entangled(signature: _Signature, walkable: Sequence[bool]) -> set[int]:
 
 
 def _rows(lie: _Lie) -> list[tuple[Any, ...]]:
-    return list(zip(*lie, strict=True))
+    return list(zip(lie.shapes, lie.strides, lie.dtypes, lie.devices, strict=True))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -244,6 +276,7 @@ def _lie(tensors: Sequence[Tensor]) -> _Lie:
         list(map(Tensor.stride, tensors)),
         list(map(_DTYPE, tensors)),
         list(map(_DEVICE, tensors)),
+        all(map(Tensor.is_contiguous, tensors)),
     )
 
 

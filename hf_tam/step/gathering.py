@@ -23,7 +23,7 @@ from hf_tam.step.batch import Batch, Options
 from hf_tam.step.scalars import pack
 from hf_tam.update import Numbers
 
-_LAYOUT, _DEVICE = attrgetter("layout"), attrgetter("device")
+_LAYOUT, _DEVICE, _DTYPE = attrgetter("layout"), attrgetter("device"), attrgetter("dtype")
 
 
 class Gatherer:
@@ -83,26 +83,26 @@ class Gatherer:
         name: Callable[[int], str],
     ) -> None:
         """Add the tensors of a param group to those that are `found`."""
-        grads = [None if param is None else reducer.gradient(param) for param in group["params"]]
-        places = [place for place, grad in enumerate(grads) if grad is not None]
-        if not places:
-            return
-        owners = [group["params"][place] for place in places]
+        gradient = reducer.gradient
+        grads = [None if param is None else gradient(param) for param in group["params"]]
         present = [grad for grad in grads if grad is not None]
+        if not present:
+            return
+        owners, places = list(group["params"]), list(range(len(grads)))
+        if len(present) < len(grads):
+            places = [place for place, grad in enumerate(grads) if grad is not None]
+            owners = [owners[place] for place in places]
         if set(map(_LAYOUT, present)) != {torch.strided}:
             raise RuntimeError(
                 f"{self._family.name} does not support sparse gradients, please consider SparseAdam instead"
             )
-        devices = list(map(_DEVICE, owners))
-        for device in dict.fromkeys(devices):
-            chosen = [at for at, other in enumerate(devices) if other == device]
-            first = owners[chosen[0]]
+        for device, held in _by_device(_Held(owners, present, places)):
+            first = held.owners[0]
             if device.type == "meta":
-                _refuse_meta(name(first_index + places[chosen[0]]), first)
+                _refuse_meta(name(first_index + held.places[0]), first)
             options = _options(group, device, first)
             if options not in found:
                 found[options] = _Gathered(self._family, on_host=options.on_host)
-            held = _Held([owners[at] for at in chosen], [present[at] for at in chosen], [places[at] for at in chosen])
             found[options].add(held, group, states, reducer, first_index=first_index)
 
     def _batch(
@@ -115,7 +115,9 @@ class Gatherer:
         name: Callable[[int], str],
     ) -> tuple[Batch, tuple[Memory, list[int] | None]]:
         """The batch, and what is to be remembered of it; `memory` and `addresses` are what was the last time."""
-        lists = [_real(tensors) for tensors in (gathered.params, _resolved(gathered.grads), *gathered.moments)]
+        lists = [gathered.params, gathered.grads, *gathered.moments]
+        if any(dtype.is_complex for dtype in {*map(_DTYPE, gathered.params), *map(_DTYPE, gathered.grads)}):
+            lists = [_real(tensors) for tensors in (gathered.params, _resolved(gathered.grads), *gathered.moments)]
         params, grads, firsts, seconds = lists if len(lists) == 4 else [*lists, []]
         indices, keys = gathered.indices, self._family.scalar_states
         memory, fits = look(
@@ -164,15 +166,11 @@ def _is_fake(param: Tensor) -> bool:
 
 def _resolved(grads: list[Tensor]) -> list[Tensor]:
     """Gradients that are conjugated when they are read have no real view."""
-    if any(map(Tensor.is_complex, grads)):
-        return [grad.resolve_conj() for grad in grads]
-    return grads
+    return [grad.resolve_conj() for grad in grads]
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
-    if any(map(Tensor.is_complex, tensors)):
-        return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
-    return tensors
+    return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
 
 
 def rounds(param_groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -201,6 +199,19 @@ class _Held(NamedTuple):
     owners: list[Tensor]
     grads: list[Tensor]
     places: list[int]
+
+
+def _by_device(held: _Held) -> list[tuple[torch.device, _Held]]:
+    devices = list(map(_DEVICE, held.owners))
+    kinds = list(dict.fromkeys(devices))
+    if len(kinds) == 1:
+        return [(kinds[0], held)]
+    found = []
+    for device in kinds:
+        chosen = [at for at, other in enumerate(devices) if other == device]
+        owners, grads = [held.owners[at] for at in chosen], [held.grads[at] for at in chosen]
+        found.append((device, _Held(owners, grads, [held.places[at] for at in chosen])))
+    return found
 
 
 class _Gathered:
@@ -308,7 +319,7 @@ def _are_same(left: Numbers, right: Numbers) -> bool:
 def _columns(states: list[dict[str, Any]], keys: Sequence[str]) -> list[list[Any]] | None:
     """What stands under each of `keys`, an entry a state; None where something is missing."""
     try:
-        columns = list(map(list, zip(*map(itemgetter(*keys), states), strict=True)))
+        columns = [list(map(itemgetter(key), states)) for key in keys]
     except KeyError:
         return None
     return None if any(NoneType in set(map(type, column)) for column in columns) else columns
