@@ -128,14 +128,15 @@ static void take_part(const step *step, shared *mine) {
     wait_for(&mine->is_ready);
     if (!mine->is_kept) return;
     const pass update = update_by(step, &mine->numbers);
-    /* The last chunks first: they are what the cache still holds. */
+    /* The last runs first: they are what the cache still holds. Each of them forwards, as the CPU fetches ahead: one
+     * chunk before the other, a step took up to 1.2 times as long. */
     for (int64_t begin, end; (end = next_run(&mine->next_update, chunks, step->threads, &begin));)
-        for (int64_t chunk = begin; chunk < end; chunk++) visit(t, chunks - 1 - chunk, &update);
+        for (int64_t chunk = chunks - end; chunk < chunks - begin; chunk++) visit(t, chunk, &update);
 }
 
 static void take_whole(const step *step, int64_t at) {
     const tensor *t = &step->tensors[at];
-    int64_t chunks = num_chunks(t);
+    const int64_t chunks = num_chunks(t);
     double *report = step->reports + REPORTS * at, sums[COLUMNS];
     for (int column = 0; column < COLUMNS; column++) report[column] = 0.0;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -145,7 +146,10 @@ static void take_whole(const step *step, int64_t at) {
     coefficients numbers;
     if (!advance(step, at, &numbers)) return;
     const pass update = update_by(step, &numbers);
-    while (chunks-- > 0) visit(t, chunks, &update); /* the last first here too */
+    for (int64_t end = chunks, begin; end > 0; end = begin) { /* the last run first here too */
+        begin = end > LONGEST_RUN ? end - LONGEST_RUN : 0;
+        for (int64_t chunk = begin; chunk < end; chunk++) visit(t, chunk, &update);
+    }
 }
 
 static void *take_tensors(void *argument) {
