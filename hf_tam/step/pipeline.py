@@ -59,7 +59,16 @@ class Pipeline:
             found_inf: Not 0 where the step must not be taken, shape () or (1,); torch.amp.GradScaler's.
             grad_scale: What the gradients are to be divided by, shape () or (1,); GradScaler's.
             repeats: Whether a parameter stands in a group more than once.
+
+        Raises:
+            ValueError: One does, and its gradient would be clipped or unscaled as often, before anything is changed.
         """
+        if repeats and (limit is not None or (grad_scale is not None and self._is_coupled(param_groups))):
+            raise ValueError(
+                "a parameter stands in a param group more than once, and is stepped as often; "
+                f"{'max_grad_norm' if limit is not None else 'the loss scale of GradScaler'} would be applied to its "
+                "gradient as often, too. Nothing was changed; hand each parameter over once (dict.fromkeys(params))"
+            )
         is_new = not any(isinstance(key, Tensor) for key in states)  # hooks put entries of their own there
         scaler = None if found_inf is None and grad_scale is None else guards.LossScale(found_inf, grad_scale)
         batches = []
@@ -90,8 +99,7 @@ class Pipeline:
         if limit is None and scaler is None and isinstance(reducer, LocalReducer):
             left = self._take_whole_steps(batches)
         # Not by what this rank has gradients of: all must take as many reductions.
-        is_coupled = self._family.coupled and any(group["weight_decay"] for group in param_groups)
-        if is_coupled and (limit is not None or scaler is not None):
+        if self._is_coupled(param_groups) and (limit is not None or scaler is not None):
             self._scale_first(left, reducer, param_groups, limit, scaler, name=name)
         else:
             self._reduce(left, reducer, param_groups, needs_norms=limit is not None or scaler is not None)
@@ -107,6 +115,10 @@ class Pipeline:
         for batch in batches:
             batch.packed.store()
         return batches
+
+    def _is_coupled(self, param_groups: ParamGroups) -> bool:
+        """Whether a weight decay is added to gradients."""
+        return self._family.coupled and any(group["weight_decay"] for group in param_groups)
 
     def _take_whole_steps(self, batches: list[Batch]) -> list[Batch]:
         """Let backends step by themselves what depends on nothing else, and return the batches that are left."""

@@ -68,6 +68,25 @@ def test_what_is_listed_twice_is_not_stepped_twice_once_it_is_listed_once():
     assert [optimizer.state[parameter]["step"] for parameter in parameters] == [3, 2]
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize(
+    ("name", "options", "scaled"),
+    [("AdaTAMW", {"max_grad_norm": 1.0}, False), ("TAM", {"weight_decay": 0.1}, True)],
+    ids=["clipped", "unscaled"],
+)
+def test_what_is_listed_twice_is_not_clipped_or_unscaled_twice(name, options, scaled):
+    """torch's way is clip_grad_norm_ before the step, which takes each parameter once."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = getattr(hf_tam, name)([parameter, parameter], lr=0.05, **options)
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    parameter.grad = torch.full((3,), 7.0)
+    with pytest.raises(ValueError, match=r"more than once.*hand each parameter over once"):
+        optimizer.step()
+    assert parameter.tolist() == [1.0] * 3
+    assert parameter.grad.tolist() == [7.0] * 3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_tied_by_data(backend):
     """As large as it takes for several threads; each would write what the other reads."""
