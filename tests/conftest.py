@@ -1,6 +1,8 @@
 """What all tests share: no network, the same numbers in every run, and hypothesis without a data base."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +25,29 @@ COMMON = {
 settings.register_profile("ci", derandomize=True, max_examples=8, **COMMON)
 settings.register_profile("thorough", max_examples=300, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+_launchers = {"python", "torchrun", "accelerate", "hf-tam", "deepspeed"}
+_unmarked: list[str] = []  # the test that is running, if it may not start another Python
+
+
+def _refuse_launches(event, arguments):
+    if event == "subprocess.Popen" and _unmarked:
+        executable = Path(os.fsdecode(arguments[0])).name
+        if executable.rstrip("0123456789.") in _launchers:
+            pytest.fail(f"{_unmarked[0]} starts {executable}: mark it `launch`", pytrace=False)
+
+
+sys.addaudithook(_refuse_launches)
+
+
+@pytest.fixture(autouse=True)
+def _launches_are_marked(request):
+    """A Python that is started costs seconds: the tests that do are left out where only the quick ones are wanted."""
+    if not {"launch", "distributed"} & {marker.name for marker in request.node.iter_markers()}:
+        _unmarked.append(request.node.nodeid)
+    yield
+    _unmarked.clear()
 
 
 @pytest.fixture(autouse=True)

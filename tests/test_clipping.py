@@ -34,6 +34,7 @@ def differences(left, right):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @given(scope=st.sampled_from(["tensor", "model"]), max_norm=st.floats(1e-3, 1e3), size=st.floats(1e-3, 1e2))

@@ -134,6 +134,7 @@ def test_a_sparse_gradient_is_refused_at_any_step():
         optimizer.step()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"scope": "model"}, {"foreach": True}], ids=str)
 def test_gradients_are_free_after_the_step(options):
     """`zero_grad` before the next forward pass gives their memory back, as with torch's optimizers."""

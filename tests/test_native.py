@@ -73,6 +73,7 @@ def trained(*, dtype=torch.float32, cls=hf_tam.AdaTAMW, spoilt=None, **options):
 # --- how they are had ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_compiled_once_and_found_again(fresh, monkeypatch):
     assert chosen() is native
     (path,) = fresh.iterdir()
@@ -84,6 +85,7 @@ def test_compiled_once_and_found_again(fresh, monkeypatch):
     assert library.why_not() == ""
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -112,6 +114,7 @@ def test_without_them_torchs_kernels_take_the_same_step(fresh, environment, reas
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.long
 def test_a_compiler_older_than_the_instructions(fresh, monkeypatch):
     """Does what it can."""
     monkeypatch.setattr(library, "_instruction_sets", lambda: [("-mno-such-instructions",), ()])
@@ -150,6 +153,7 @@ def test_cache_that_cannot_be_written(fresh):
     assert chosen() is native
 
 
+@pytest.mark.long
 def test_home_that_does_not_exist(fresh, monkeypatch):
     blocked = fresh.parent.with_name("file")
     blocked.write_text("")
@@ -157,6 +161,7 @@ def test_home_that_does_not_exist(fresh, monkeypatch):
     assert chosen() is native
 
 
+@pytest.mark.launch
 def test_ranks_that_compile_at_once(fresh):
     """Each ends with a library that works, and one file is left."""
     script = "from hf_tam.backends import native; assert native.is_available()"
@@ -187,6 +192,7 @@ def _step_in_a_child(queue):
     queue.put([tensor.detach().numpy() for tensor in trained()])
 
 
+@pytest.mark.launch
 def test_forked_child_steps_too(monkeypatch):
     """No thread outlives a step, so a fork loses none; torch's own, which would be lost, are kept out of it."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -241,6 +247,7 @@ def test_a_thousand_tensors_of_mixed_sizes_take_one_call(monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [True, False])

@@ -78,6 +78,7 @@ def _assert_same_walk(ours, theirs, moves, seed):
         assert bool(((mine - their).abs() <= allowed).all()), float(((mine - their).abs() - allowed).max())
 
 
+@pytest.mark.long
 @ADAM_BACKENDS
 @given(
     name=st.sampled_from(["AdaTAMW", "AdaTAM"]),
@@ -368,6 +369,7 @@ def test_nothing_left_of_any_gradient(backend, scope, step_size):
 # --- ten thousand steps --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "backend", "steps"),
     [("AdaTAMW", "default", 10_000), ("AdaTAMW", "foreach", 400), ("AdaTAMW", "single", 400),

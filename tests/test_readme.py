@@ -68,6 +68,7 @@ def test_the_table_of_speed_follows_the_raw_times(tmp_path):
     assert speed.table(tmp_path) not in README
 
 
+@pytest.mark.long
 def test_the_tables_of_comparisons_follow_their_rows(tmp_path):
     """Other test results give other tables, and the same choice of learning rates."""
     pytest.importorskip("scipy")

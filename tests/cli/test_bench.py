@@ -326,6 +326,7 @@ def test_a_param_group_for_each_tensor():
         assert len({group["lr"] for group in groups}) == 5
 
 
+@pytest.mark.launch
 def test_fresh_processes_are_measured_one_after_the_other(tmp_path, capsys):
     """The row is that of the process in the middle, and all their ratios stand beside it."""
     (found,) = run(tmp_path, "--processes-fresh", "3", "--optimizers", "adatamw")["runs"]

@@ -12,6 +12,7 @@ from hf_tam.integrations import autoload
 from tests.integrations.launching import HF_TAM_COMMAND, run, run_successfully
 
 
+@pytest.mark.launch
 def test_run_replaces_itself_and_returns_the_status_of_the_command():
     program = "import os, sys; print(os.environ['PYTHONPATH'], sys.argv); sys.exit(7)"
     completed = run([*HF_TAM_COMMAND, "run", "--", sys.executable, "-c", program, "--flag", "--", "-x"])
@@ -56,6 +57,7 @@ def test_an_environment_that_cannot_be_written_is_an_error(tmp_path, monkeypatch
     assert str(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_a_hook_that_outlives_hf_tam_is_silent(tmp_path):
     (tmp_path / activate.HOOK_NAME).write_text(activate.HOOK_TEXT)
     program = f"import site, sys; site.addsitedir({str(tmp_path)!r}); print('hf_tam' in sys.modules)"

@@ -41,6 +41,7 @@ def test_list_by_words_and_in_the_order_of_sizes(capsys):
     assert (status, "no recipe has no-such in its name" in error) == (1, True)
 
 
+@pytest.mark.launch
 def test_reading_the_first_line_alone_is_no_error():
     command = [sys.executable, "-c", "import sys; from hf_tam.cli import main; sys.exit(main(['recipes', 'list']))"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -194,6 +195,7 @@ def installed(wheel, tmp_path):
     return run
 
 
+@pytest.mark.launch
 def test_wheel_has_the_recipes_but_not_their_results(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {name.removeprefix("hf_tam/_recipes/") for name in names if name.startswith("hf_tam/_recipes/")}
@@ -211,6 +213,7 @@ def test_wheel_has_what_is_compiled_at_the_first_step(wheel):
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= set(names)
 
 
+@pytest.mark.launch
 def test_installed_wheel_lists_copies_validates_and_runs(installed):
     """As a user does who has no checkout: pip install, copy, run."""
     status, output, error = installed("hf-tam", "recipes", "list")

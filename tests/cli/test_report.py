@@ -61,6 +61,7 @@ def cells(text, name):
     return re.findall(r"<td>(.*?)</td>", row)
 
 
+@pytest.mark.long
 def test_the_page_holds_everything(tmp_path, page):
     runs = [write_run(tmp_path / f"adatamw-{seed}", seed=seed, eval_loss=0.25 + seed) for seed in (0, 1)]
     runs.append(write_run(tmp_path / "plain", optim="adamw_torch", torque=False, eval_loss=0.5))
@@ -120,6 +121,7 @@ def test_the_rows_of_the_heatmap_are_the_layers(tmp_path):
     assert (whole.part, whole.layers) == ("", LAYERS)
 
 
+@pytest.mark.long
 def test_a_name_is_only_a_name(tmp_path, page):
     """No markup on the page, no mathematics in the pictures, and an underscore hides nothing."""
     name = "_<script>alert(1)< $x^{$"

@@ -77,6 +77,7 @@ def bench(tmp_path):
     return Bench()
 
 
+@pytest.mark.launch
 def test_searches_extends_and_finishes(bench):
     """Best at 4e-3 and 2e-3: the grid grows to 4e-3, then to 8e-3, for both; the other seeds at the best rate only."""
     rows = bench.run(bench.plan())
@@ -97,6 +98,7 @@ def test_searches_extends_and_finishes(bench):
     assert not list(bench.folder.glob("*/weights"))
 
 
+@pytest.mark.launch
 def test_nothing_is_done_twice(bench):
     first = bench.run(bench.plan())
     number = len(bench.calls())
@@ -107,6 +109,7 @@ def test_nothing_is_done_twice(bench):
     assert len(bench.calls()) == number + 2
 
 
+@pytest.mark.launch
 def test_rows_of_other_settings_are_left_aside(bench):
     first = bench.run(bench.plan())
     other = bench.run(bench.plan(arguments={"place": "{data}/x", "warmup_steps": 0.1}))
@@ -114,11 +117,13 @@ def test_rows_of_other_settings_are_left_aside(bench):
     assert not {row["key"] for row in first} & {row["key"] for row in other}
 
 
+@pytest.mark.launch
 def test_extensions_end(bench):
     rows = bench.run(bench.plan(max_extensions=0))
     assert {row["learning_rate"] for row in rows} == {1e-3, 2e-3}
 
 
+@pytest.mark.launch
 def test_a_failed_run_keeps_the_others(bench):
     plan = bench.plan(arguments={"place": "{data}/x", "fails": "adatamw 0.001 0"})
     with pytest.raises(running.RunError, match=r"1 of 4 runs failed; the first: ours, learning rate 0\.001, seed 0"):
@@ -131,6 +136,7 @@ def test_a_failed_run_keeps_the_others(bench):
     assert len(bench.calls()) == number + 1
 
 
+@pytest.mark.launch
 def test_a_metric_that_is_not_there(bench):
     with pytest.raises(
         running.RunError, match=r"no metric 'eval_f1' in its results\.json; it has eval_accuracy, test"
@@ -138,6 +144,7 @@ def test_a_metric_that_is_not_there(bench):
         bench.run(bench.plan(), metrics=("eval_f1", "test_accuracy"))
 
 
+@pytest.mark.launch
 def test_a_kill_between_two_runs(bench):
     """The next call goes on with what is missing."""
 
@@ -152,6 +159,7 @@ def test_a_kill_between_two_runs(bench):
     assert len(bench.calls()) == len(rows)
 
 
+@pytest.mark.launch
 def test_a_line_that_was_cut_off_is_done_again(bench):
     rows = bench.run(bench.plan())
     path = bench.folder / ROWS_NAME
@@ -164,6 +172,7 @@ def test_a_line_that_was_cut_off_is_done_again(bench):
         Journal(path)
 
 
+@pytest.mark.launch
 def test_a_line_break_that_was_cut_off_costs_nothing(bench):
     bench.run(bench.plan())
     path = bench.folder / ROWS_NAME
@@ -176,6 +185,7 @@ def test_a_line_break_that_was_cut_off_costs_nothing(bench):
     assert len(Journal(path).of(bench.plan())) == number + 2
 
 
+@pytest.mark.launch
 def test_reading_leaves_the_file_as_it_is(bench):
     """Somebody else may be writing just then."""
     bench.run(bench.plan())
@@ -186,6 +196,7 @@ def test_reading_leaves_the_file_as_it_is(bench):
     assert path.read_bytes() == before
 
 
+@pytest.mark.launch
 def test_an_optimizer_may_get_another_name(bench):
     first = bench.run(bench.plan())
     number = len(bench.calls())
@@ -196,12 +207,14 @@ def test_an_optimizer_may_get_another_name(bench):
     assert rows == [{**row, "label": names[row["label"]]} for row in first]
 
 
+@pytest.mark.launch
 def test_rows_of_another_recipe_are_left_aside(bench):
     first = bench.run(bench.plan())
     assert len(bench.run(bench.plan(recipe="vision"))) == len(first)
     assert len(bench.calls()) == 2 * len(first)
 
 
+@pytest.mark.launch
 def test_a_row_of_an_older_version_has_its_recipe_in_its_command(bench):
     first = bench.run(bench.plan())
     path = bench.folder / ROWS_NAME
@@ -211,6 +224,7 @@ def test_a_row_of_an_older_version_has_its_recipe_in_its_command(bench):
     assert not Journal(path).of(bench.plan(recipe="vision"))
 
 
+@pytest.mark.launch
 def test_where_all_fail_the_rest_is_not_tried(bench, capsys):
     plan = bench.plan(arguments={"place": "{data}/x", "fails": "every"})
     with pytest.raises(running.RunError, match=r"the first 3 runs all failed; the first: .*disk is full"):
@@ -219,6 +233,7 @@ def test_where_all_fail_the_rest_is_not_tried(bench, capsys):
     assert capsys.readouterr().out.count("failed: ") == 3
 
 
+@pytest.mark.launch
 def test_what_a_run_that_was_cut_off_has_left_is_removed(bench):
     plan = bench.plan()
     left = bench.folder / f"{plan.spec('AdamW', 1e-3, 0).key}-123"
@@ -238,6 +253,7 @@ def test_ray_does_the_same(bench):
     assert len(bench.calls()) == 12
 
 
+@pytest.mark.launch
 def test_command(tmp_path, capsys):
     """A real recipe, its demo, in a process of its own."""
     content = {
@@ -265,6 +281,7 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out == output[output.index("| optimizer") :]
 
 
+@pytest.mark.launch
 def test_a_folder_is_of_one_process_and_of_one_data_set(tmp_path, capsys):
     from filelock import FileLock
 
@@ -287,6 +304,7 @@ def test_a_folder_is_of_one_process_and_of_one_data_set(tmp_path, capsys):
     assert "out was begun with --place data=one, not two: give another --output, or," in capsys.readouterr().err
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_runs_too(number, tmp_path):
     """And says that what was finished is kept."""

@@ -182,6 +182,7 @@ def refuse(number):
 # --- a library that somebody else may have put there is not executed ------------------------------------------------
 
 
+@pytest.mark.long
 def test_planted_libraries_would_run(process):
     """What the others rest on: in a folder of the user's own, the name and the digest are enough."""
     process.plant()
@@ -761,6 +762,7 @@ def test_warnings_that_are_errors(process):
     assert process.compilations == 1
 
 
+@pytest.mark.launch
 def test_ascii_locale(process, monkeypatch):
     """In a process of its own: what Python takes for text is settled when it begins."""
     process.use(process.compiler("printf 'error: \\303\\251\\377' >&2; exit 1", name="compil\u00e9r"))

@@ -110,6 +110,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.launch
 def test_deepspeed_imported_first(tmp_path):
     output = run_successfully(
         [sys.executable, "-c", LATE], DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",

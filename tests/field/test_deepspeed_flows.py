@@ -42,6 +42,7 @@ def options(config, **changes):
 
 @pytest.mark.usefixtures("strategy")
 class TestTrainer:
+    @pytest.mark.long
     def test_every_trial_of_a_search_trains_with_ours(self, tmp_path):
         """transformers reads the file anew for each, with its "optimizer" block."""
         pytest.importorskip("optuna")
@@ -74,6 +75,7 @@ class TestTrainer:
         assert type(runs.unwrapped_twice(trainer.optimizer)) is hf_tam.AdaTAMW
         assert [max(step) for step in rates.rates] == pytest.approx([2e-3 * 2 / 3, 2e-3 / 3, 0.0])
 
+    @pytest.mark.long
     @pytest.mark.parametrize("stage", [1, 3])
     def test_learning_rates_of_groups_stay_their_own_and_are_resumed(self, tmp_path, stage):
         class Layerwise(Trainer):
@@ -111,6 +113,7 @@ class TestTrainer:
         with pytest.raises(ValueError, match=r"checkpoint-3 has no optimizer shards of DeepSpeed's"):
             trainer.train(resume_from_checkpoint=True)
 
+    @pytest.mark.long
     def test_a_batch_that_was_too_large(self, tmp_path):
         """auto_find_batch_size makes the engine, and the optimizer in it, a second time."""
 
@@ -177,6 +180,7 @@ def test_a_reference_model_beside_the_trained_one(deepspeed):
     assert type(engine.optimizer.optimizer) is hf_tam.TAM
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_scheduler_of_the_users_own_goes_on_after_a_load(deepspeed, tmp_path, stage):
     """It must move the groups that the optimizer steps with, and not those from before the load."""

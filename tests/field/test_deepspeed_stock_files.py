@@ -220,6 +220,7 @@ TRAINED = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_trainer_trains_and_the_rate_moves_as_adamws(tmp_path, name):
@@ -287,6 +288,7 @@ def accelerator_run(config, build):
         return innermost(optimizer), rates
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["transformers-zero2", "accelerate-template-zero1", "accelerate-template-zero3"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_accelerate_prepares_our_optimizer_where_the_file_has_a_block(name):

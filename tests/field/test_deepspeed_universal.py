@@ -63,6 +63,7 @@ STAGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 def test_a_universal_checkpoint_goes_on_as_the_run_that_made_it(alone, tmp_path, name):
     stage, config = STAGES[name]
@@ -81,6 +82,7 @@ def test_a_universal_checkpoint_goes_on_as_the_run_that_made_it(alone, tmp_path,
         torch.testing.assert_close(value, parameters[key], msg=key)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_other_param_groups_than_the_checkpoints_are_refused(alone, tmp_path, stage):
     save(start(stage, num_groups=1), tmp_path)
@@ -98,6 +100,7 @@ def adamw(model):
     return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("again", [False, True], ids=["", "saved again before a step"])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_universal_checkpoint_of_adamw_is_taken_over(alone, tmp_path, stage, again):
@@ -132,6 +135,7 @@ def test_a_universal_checkpoint_of_adam_is_not_adamws(alone, tmp_path):
         start(2, universal=True, num_groups=1).engine.load_checkpoint(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [{"load_optimizer_states": False}, {"load_module_only": True}])
 def test_the_weights_alone(alone, tmp_path, arguments):
     """The resuming run's groups stay its own."""
@@ -141,6 +145,7 @@ def test_the_weights_alone(alone, tmp_path, arguments):
     assert [group["gamma"] for group in resumed.optimizer.param_groups] == [0.5, 0.5]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("universal", [False, True], ids=["as saved", "universal"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_saved_again_before_a_step_it_is_the_same(alone, tmp_path, stage, universal):

@@ -27,6 +27,15 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _others_are_left_out():
+    """What the libraries have made is not walked again by each collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(params=OPTIMIZERS)
 def training(request):
     """A model of two groups, attached, and its optimizer after two steps."""

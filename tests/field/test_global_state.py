@@ -163,6 +163,7 @@ def test_a_warning_that_is_an_error_leaves_no_half_taken_step(options):
     assert all(torch.equal(left, right) for left, right in zip(*twins, strict=True))
 
 
+@pytest.mark.launch
 def test_the_first_step_of_a_process_under_W_error():
     """Nothing that is imported or compiled on the way warns."""
     code = (

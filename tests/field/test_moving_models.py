@@ -228,6 +228,7 @@ def test_nothing_but_param_groups_and_state_holds_a_sharded_parameter(one_rank, 
     assert [reference() for reference in references] == [None] * len(references)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", [hf_tam.AdaTAMW, hf_tam.AdaTAM, hf_tam.TAM])
 def test_attaching_keeps_no_module_alive(cls):
     module = plain()

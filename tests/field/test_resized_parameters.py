@@ -124,6 +124,7 @@ def test_a_resized_moment_is_refused(options, key, change):
         optimizer.step()
 
 
+@pytest.mark.long
 def test_a_parameter_whose_states_were_resized_with_it_goes_on(options):
     """The surgery of gaussian splatting and of vocabulary growth: both cut, or both grown with zeros."""
     for change in (_grown, lambda tensor: tensor[:-8], lambda tensor: tensor[1:]):
@@ -275,6 +276,7 @@ def _apply(change, parameter, state):
                 put(place, value[: -arguments[0]] if kind == "cut all" else value.to(arguments[0]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["default", "torch's kernels", "foreach", "triton"])
 @given(changes=st.lists(st.tuples(st.integers(0, 1), _CHANGES), min_size=1, max_size=6), seed=st.integers(0, 9))
 @settings(max_examples=settings().max_examples * 4)

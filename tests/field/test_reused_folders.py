@@ -64,6 +64,7 @@ def without_hf_tam(adamws, folder):
     shutil.copytree(adamws, folder, dirs_exist_ok=True)
 
 
+@pytest.mark.long
 def test_adamw_goes_on_in_a_folder_where_ours_had_run(folder, adamws):
     assert (folder / "checkpoint-4" / "optimizer.sha256").exists()
     run(folder, **ADAMW)
@@ -72,12 +73,14 @@ def test_adamw_goes_on_in_a_folder_where_ours_had_run(folder, adamws):
     assert_same_run(resumed, run(adamws, True, **ADAMW))
 
 
+@pytest.mark.long
 def test_adamw_goes_on_where_hf_tam_was_not_there_when_it_wrote(folder, adamws):
     without_hf_tam(adamws, folder)
     assert (folder / "checkpoint-4" / "optimizer.sha256").exists()
     assert_same_run(run(folder, True, **ADAMW), run(adamws, True, **ADAMW))
 
 
+@pytest.mark.long
 def test_ours_takes_over_what_adamw_wrote_over_its_own(folder, adamws):
     without_hf_tam(adamws, folder)
     resumed = run(folder, True)
@@ -85,12 +88,14 @@ def test_ours_takes_over_what_adamw_wrote_over_its_own(folder, adamws):
     assert_same_run(resumed, run(adamws, True))
 
 
+@pytest.mark.long
 def test_ours_goes_on_in_a_folder_where_adamw_had_run(adamws, ours, tmp_path):
     folder = Path(shutil.copytree(adamws, tmp_path / "run"))
     run(folder)
     assert_same_run(run(folder, True), run(ours, True))
 
 
+@pytest.mark.long
 def test_the_newest_checkpoint_is_judged_whoever_wrote_the_others(folder):
     """AdamW's run is shorter: the last checkpoint is one of ours, and is what the Trainer would take."""
     run(folder, max_steps=2, **ADAMW)
@@ -107,6 +112,7 @@ def test_our_state_is_known_without_its_checksums(folder):
         run(folder, True, **ADAMW)
 
 
+@pytest.mark.long
 def test_what_was_exported_in_its_place_goes_on_at_once(folder):
     """As the refusal says; the checksums that are left do not speak of it."""
     trainer = run(folder, True)
@@ -132,6 +138,7 @@ def test_a_script_that_overrides_what_it_names_does_not_misread(folder):
         run(folder, True, trainer=MakesAdamW)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["optimizer.bin", "optimizer_0"])
 def test_remains_of_fsdp_beside_the_checkpoint_of_one_process(folder, name):
     """Cut off where they are of a run that was killed, or, as shards, because the folder was written anew.
@@ -176,12 +183,14 @@ def test_a_run_that_saves_only_the_model_drops_the_checksums_of_the_last(folder)
     assert not (folder / "checkpoint-4" / "optimizer.sha256").exists()
 
 
+@pytest.mark.long
 def test_rotation_removes_whole_checkpoints_and_leaves_the_last(folder, ours):
     run(folder, save_total_limit=1)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert_same_run(run(folder, True), run(ours, True))
 
 
+@pytest.mark.long
 def test_a_copy_under_another_name_goes_on(folder, ours, tmp_path):
     """As on another machine; without the checksums it is taken as it is."""
     copied = Path(shutil.copytree(folder / "checkpoint-4", tmp_path / "other" / "epoch one"))
@@ -257,6 +266,7 @@ class TestDeepSpeed:
         with pytest.raises(ValueError, match="was saved by an optimizer of hf_tam, and AdamW would misread its first"):
             engines[1].load_checkpoint(tmp_path, tag="step")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_adamw_does_not_misread_ours(self, tmp_path, stage):
         trained = start(stage, num_groups=1)
@@ -265,6 +275,7 @@ class TestDeepSpeed:
         with pytest.raises(ValueError, match="was saved by an optimizer of hf_tam, and AdamW would misread its first"):
             start(stage, optimizer=adamw).engine.load_checkpoint(tmp_path, tag="step")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("stage", [1, 3])
     def test_remains_of_more_processes_and_of_another_precision(self, tmp_path, stage):
         """DeepSpeed loads as many shards as it has noted, from the folder that `latest` names."""
@@ -306,6 +317,7 @@ class TestDeepSpeed:
         universal = {"checkpoint": {"load_universal": True}}
         assert first_harm(tmp_path, world_size=1, config=universal) is None
 
+    @pytest.mark.long
     @pytest.mark.parametrize("stage", [0, 1])
     def test_the_trainer_goes_on_without_zero_too(self, tmp_path, stage):
         """Without ZeRO there are no shards: the optimizer's state lies in the model's file."""

@@ -172,6 +172,7 @@ def _steps_elsewhere(parameters, optimizer):
     _step(parameters, optimizer, 2)
 
 
+@pytest.mark.launch
 def test_another_process_steps_the_shared_states():
     parameters, optimizer = _training()
     untouched, twin = _training()

@@ -133,6 +133,7 @@ class Grouping(Trainer):
         return self.optimizer
 
 
+@pytest.mark.long
 def test_nothing_is_said_where_the_script_makes_what_was_named(tmp_path, said):
     options = {"optim_args": "gamma=0.5,beta2=0.95,fused_clip=true,foreach=true"}
     trainer = make_trainer(tmp_path, trainer=Grouping, **options)
@@ -142,6 +143,7 @@ def test_nothing_is_said_where_the_script_makes_what_was_named(tmp_path, said):
     assert said() == []
 
 
+@pytest.mark.long
 def test_each_training_says_it_once(tmp_path, caplog, said):
     with caplog.at_level(logging.INFO):
         trainer = WAYS["create_optimizer"](tmp_path, max_steps=2)
@@ -171,12 +173,14 @@ class TestUnderDeepSpeed:
         ):
             trainer.train()
 
+    @pytest.mark.long
     def test_a_class_of_ours_trains(self, tmp_path, said):
         trainer = passed_class(tmp_path, hf_tam.TAM, **zero1(tmp_path, optim="adamw_torch", max_steps=2))
         trainer.train()
         assert type(runs.unwrapped_twice(trainer.optimizer)) is hf_tam.TAM
         assert said() == []
 
+    @pytest.mark.long
     def test_the_control_is_left_aside_without_a_word(self, tmp_path):
         """Why ours is refused; when this fails, transformers has mended it."""
         given = []
@@ -189,6 +193,7 @@ class TestUnderDeepSpeed:
         trainer.train()
         assert type(trainer.optimizer.optimizer.optimizer) is torch.optim.AdamW
 
+    @pytest.mark.long
     def test_another_one_than_was_named_is_said(self, tmp_path, said):
         """DeepSpeed warns of optimizers that it has not tested, and takes them."""
         config = zero1(tmp_path, max_steps=2)

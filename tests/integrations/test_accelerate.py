@@ -51,6 +51,7 @@ def test_other_optimizers_and_models_are_left_alone(accelerator):
     assert ours.torque_stats()["names"] == [None, None]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("order", ["import accelerate, hf_tam", "import hf_tam, accelerate"])
 def test_in_any_order(order):
     script = f"{order}\nprint(hasattr(accelerate.Accelerator.prepare, '__wrapped__'))"

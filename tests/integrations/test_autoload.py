@@ -68,6 +68,7 @@ print(any(type(finder).__name__ == "PostImportHook" for finder in sys.meta_path)
 """
 
 
+@pytest.mark.launch
 def test_importing_hf_tam_imports_neither_torch_nor_transformers():
     """Nor `typing`, whose import alone would take most of the time that the hook may take."""
     assert run_successfully([sys.executable, "-c", LIGHT]).splitlines() == ["[]", "True"]
@@ -81,6 +82,7 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.launch
 def test_a_python_that_never_imports_transformers_pays_under_5_ms(tmp_path):
     """With cached bytecode, as an installed package has it; the median, since a busy machine has colder caches."""
     cached = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
@@ -101,16 +103,20 @@ class TestSitecustomize:
         autoload.extend_to_children(changed)
         return run_successfully([sys.executable, *more, "-c", PROBE], **changed).split()
 
+    @pytest.mark.launch
     def test_chains_to_the_next_one(self, tmp_path):
         (tmp_path / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
         assert self.start(PYTHONPATH=str(tmp_path)) == ["x", str(tmp_path / "sitecustomize.py"), "True"]
 
+    @pytest.mark.launch
     def test_stands_alone(self):
         assert self.start() == ["None", os.path.join(autoload.SITE_FOLDER, "sitecustomize.py"), "True"]
 
+    @pytest.mark.launch
     def test_kill_switch(self):
         assert self.start(HF_TAM_AUTOLOAD="0")[2] == "False"
 
+    @pytest.mark.launch
     def test_a_python_without_hf_tam_starts_in_silence(self):
         """-S leaves site-packages out; the sitecustomize is then imported by hand."""
         changed = {}

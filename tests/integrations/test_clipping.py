@@ -63,6 +63,7 @@ class BreakGradient(TrainerCallback):
 
 
 class TestSameRun:
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("optim", "lora"),
         [
@@ -88,6 +89,7 @@ class TestSameRun:
                 torch.as_tensor(right[name]), torch.as_tensor(value), rtol=1e-4, atol=1e-6, msg=name
             )
 
+    @pytest.mark.long
     def test_the_limit_decides(self, tmp_path):
         """The comparison above can fail: another limit leads elsewhere."""
         weights = [
@@ -96,6 +98,7 @@ class TestSameRun:
         ]
         assert (weights[0] - weights[1]).abs().max() > 1e-5
 
+    @pytest.mark.long
     def test_nothing_to_clip_to(self, tmp_path, clipped):
         own = trained(tmp_path, max_grad_norm=0, max_steps=4)
         calls = list(clipped)
@@ -104,6 +107,7 @@ class TestSameRun:
         assert norms_of(inside) == norms_of(own)
         assert_same_run(own, inside)
 
+    @pytest.mark.long
     def test_a_resumed_run_is_the_uninterrupted_one(self, tmp_path):
         saving = {"save_strategy": "steps", "save_steps": 4, "optim_args": INSIDE, "max_steps": 8}
         uninterrupted = trained(tmp_path, **saving)
@@ -120,6 +124,7 @@ class TestSameRun:
 
 
 class TestWho:
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("mine", "theirs", "expected"), [(0.3, 0.5, 0), (0.5, 0.3, 2), (0.3, 0.0, 0), (None, 0.5, 2)]
     )
@@ -159,6 +164,7 @@ class TestWho:
 
 
 class TestNonfinite:
+    @pytest.mark.long
     @pytest.mark.filterwarnings("ignore:.*were skipped")
     def test_one_nan_costs_one_tensor_one_update(self, tmp_path):
         """The Trainer's own clipping would spread it to every gradient; the log says NaN for that step in both."""
@@ -175,6 +181,7 @@ class TestNonfinite:
         own = trained(tmp_path, callbacks=[BreakGradient(name)], max_steps=5)
         assert int(unwrapped(own).torque_stats()["skipped"]) == len(names)
 
+    @pytest.mark.long
     def test_raised(self, tmp_path):
         with pytest.raises(FloatingPointError, match=r"parameter lm_head\.weight is not finite"):
             trained(tmp_path, optim_args=f"{INSIDE},nonfinite=raise", callbacks=[BreakGradient("lm_head.weight")])

@@ -24,12 +24,14 @@ from tests.integrations.untouched import tiny_llama
 REGISTERED = "--optim adatamw (AdaTAMW), --optim adatam (AdaTAM), --optim tam (TAM)"
 
 
+@pytest.mark.launch
 def test_python_m(tmp_path):
     output = run_successfully([sys.executable, "-m", "hf_tam", UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
     assert_adatamw_trained(tmp_path)
     assert output.count(REGISTERED) == 1
 
 
+@pytest.mark.launch
 def test_accelerate_launch(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     run_successfully([*launcher, "-m", "hf_tam", UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
@@ -48,6 +50,7 @@ def test_torchrun(tmp_path):
     assert output.count(REGISTERED) == 1
 
 
+@pytest.mark.launch
 def test_hf_tam_run_reaches_children_and_the_next_sitecustomize(tmp_path):
     """The command is a shell: the Python that trains is its child. Another sitecustomize on PYTHONPATH still runs."""
     other = tmp_path / "other"
@@ -61,6 +64,8 @@ def test_hf_tam_run_reaches_children_and_the_next_sitecustomize(tmp_path):
     assert output.count(REGISTERED) == 1
 
 
+@pytest.mark.launch
+@pytest.mark.slow
 def test_notebook(tmp_path):
     """Cells run one after another in the namespace of `__main__`, and hf_tam is imported after transformers."""
     cells = [
@@ -134,6 +139,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.launch
 def test_spawned_processes_of_a_script_know_its_classes_and_the_names(tmp_path):
     script = tmp_path / "spawning.py"
     script.write_text(SPAWNING_SCRIPT)
@@ -142,6 +148,8 @@ def test_spawned_processes_of_a_script_know_its_classes_and_the_names(tmp_path):
     assert report == {"child": "adatamw", "loaded": [0, 1, 2, 3], "pickled": 4, "argv": ["--flag"]}
 
 
+@pytest.mark.launch
+@pytest.mark.slow
 def test_trl_sft(tmp_path):
     """`trl sft` checks its arguments in one process and trains in a child that it launches with accelerate."""
     pytest.importorskip("trl")
@@ -188,11 +196,13 @@ def activated_python(tmp_path_factory):
     return python
 
 
+@pytest.mark.launch
 def test_activated_environment(activated_python, tmp_path):
     run_successfully([activated_python, UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])
     assert_adatamw_trained(tmp_path)
 
 
+@pytest.mark.launch
 def test_kill_switch_and_deactivation(activated_python):
     probe = [activated_python, "-c", "import sys; print('hf_tam' in sys.modules)"]
     assert run_successfully(probe).strip() == "True"
@@ -202,6 +212,7 @@ def test_kill_switch_and_deactivation(activated_python):
     assert "not active" in run_successfully([activated_python, *HF_TAM_COMMAND[1:], "deactivate"])
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("arguments", [[], ["missing.py"]])
 def test_python_m_without_a_script_says_how_to_use_it(arguments):
     completed = run([sys.executable, "-m", "hf_tam", *arguments])
@@ -209,6 +220,7 @@ def test_python_m_without_a_script_says_how_to_use_it(arguments):
     assert "usage: python -m hf_tam SCRIPT" in completed.stdout
 
 
+@pytest.mark.launch
 def test_a_script_is_compiled_and_found_as_python_does(tmp_path):
     """Neither our own __future__ imports nor a link to the script may change what it sees."""
     (tmp_path / "real").mkdir()

@@ -21,6 +21,7 @@ def make_encoder(folder):
     return sentence_transformers.SentenceTransformer(str(folder), device="cpu"), rows
 
 
+@pytest.mark.long
 def test_trainer_takes_the_name(tmp_path):
     """Questions of one intent come closer to each other than to those of others, beyond what they were."""
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ def torque_values(row):
     return {name: value for name, value in row.items() if name.startswith("torque/")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("optim", "optim_args"),
     [
@@ -87,6 +88,7 @@ def test_the_values_reach_the_reporters_and_the_history(tmp_path, optim, optim_a
     assert not any(torque_values(row) for row in others)
 
 
+@pytest.mark.long
 def test_one_row_for_each_layer_group(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[hf_tam.TorqueCallback()], logging_steps=3, max_grad_norm=0.5)
     trainer.train()
@@ -111,6 +113,7 @@ def test_one_row_for_each_layer_group(tmp_path):
     assert total == pytest.approx(0.5, rel=1e-4)  # after clipping
 
 
+@pytest.mark.long
 def test_the_matrices_of_an_adapter_are_apart(tmp_path):
     trainer = make_trainer(tmp_path, model=lora_llama(), callbacks=[hf_tam.TorqueCallback()], logging_steps=6)
     trainer.train()
@@ -149,6 +152,7 @@ def test_names_of_groups(parameter, group):
     assert group_name(parameter) == group
 
 
+@pytest.mark.long
 def test_another_optimizer_gets_one_warning_and_nothing_else(tmp_path, caplog):
     trainer = make_trainer(tmp_path, callbacks=[hf_tam.TorqueCallback()], optim="adamw_torch", logging_steps=2)
     trainer.train()
@@ -159,6 +163,7 @@ def test_another_optimizer_gets_one_warning_and_nothing_else(tmp_path, caplog):
     assert not any(torque_values(row) for row in trainer.state.log_history)
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_with_the_file(tmp_path):
     """Rows past the checkpoint, and a last line that was cut short, are dropped."""
     options = {"callbacks": [hf_tam.TorqueCallback()], "logging_steps": 1}
@@ -173,6 +178,7 @@ def test_a_resumed_run_goes_on_with_the_file(tmp_path):
     assert path.read_text().splitlines() == whole.splitlines()[:7]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["begin", "append"])
 def test_a_file_that_cannot_be_written_is_one_warning(tmp_path, caplog, moment):
     """A folder in its place: not even root can write it."""
@@ -196,6 +202,7 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path, caplog, moment):
     assert len([row for row in trainer.state.log_history if "torque/damping_mean" in row]) == 6
 
 
+@pytest.mark.long
 def test_a_log_file_with_damaged_bytes_does_not_stop_a_resumed_run(tmp_path):
     options = {"callbacks": [hf_tam.TorqueCallback()], "logging_steps": 2}
     make_trainer(tmp_path, save_strategy="steps", save_steps=4, **options).train()
@@ -207,6 +214,7 @@ def test_a_log_file_with_damaged_bytes_does_not_stop_a_resumed_run(tmp_path):
 
 
 class TestOptimArgs:
+    @pytest.mark.long
     @pytest.mark.parametrize("optim", ["adatamw", "adatam", "tam"])
     def test_true_adds_the_callback(self, tmp_path, optim):
         trainer = make_trainer(tmp_path, optim=optim, optim_args="gamma=0.8,log_torque=true", logging_steps=3)
@@ -216,6 +224,7 @@ class TestOptimArgs:
         assert "log_torque" not in unwrapped(trainer).param_groups[0]
         assert unwrapped(trainer).param_groups[0]["gamma"] == 0.8
 
+    @pytest.mark.long
     def test_true_leaves_it_at_one(self, tmp_path):
         mine = hf_tam.TorqueCallback()
         trainer = make_trainer(tmp_path, optim_args="log_torque=true", callbacks=[mine], logging_steps=3)
@@ -224,6 +233,7 @@ class TestOptimArgs:
         found = [item for item in trainer.callback_handler.callbacks if isinstance(item, hf_tam.TorqueCallback)]
         assert found == [mine]
 
+    @pytest.mark.long
     def test_false_takes_it_away(self, tmp_path):
         callbacks = [hf_tam.TorqueCallback()]
         trainer = make_trainer(tmp_path, optim_args="log_torque=false", callbacks=callbacks, logging_steps=3)
@@ -231,6 +241,7 @@ class TestOptimArgs:
         assert not (tmp_path / "torque.jsonl").exists()
         assert not any(torque_values(row) for row in trainer.state.log_history)
 
+    @pytest.mark.long
     def test_without_it_nothing_is_logged(self, tmp_path):
         trainer = make_trainer(tmp_path, logging_steps=3)
         trainer.train()
@@ -268,6 +279,7 @@ def test_tensors_that_took_no_step_do_not_count(caplog):
     assert row["grad_norm"] == pytest.approx(3**0.5)  # of the one gradient that there was
 
 
+@pytest.mark.long
 def test_after_the_warm_up_the_learning_rate_is_the_groups(tmp_path):
     trainer = make_trainer(
         tmp_path, callbacks=[hf_tam.TorqueCallback()], optim_args="torque_steps=3", logging_steps=1,

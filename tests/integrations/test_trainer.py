@@ -135,6 +135,7 @@ class TestFeatures:
         make_trainer(tmp_path, model=model, optimizers=(optimizer, None)).train()
         assert None not in optimizer.torque_stats()["names"]
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "changes",
         [
@@ -151,6 +152,7 @@ class TestFeatures:
         assert float(losses[-1]) < float(losses[0]) - 0.05
         assert all(entry["torque"].dtype == torch.float32 for entry in unwrapped(trainer).state.values())
 
+    @pytest.mark.long
     def test_gradient_accumulation_is_one_step(self, tmp_path):
         """4 rows at once, or 2 times 2: the same gradients, so the same run up to rounding."""
         runs = []
@@ -177,6 +179,7 @@ class TestFeatures:
         make_trainer(tmp_path, max_grad_norm=0.01, callbacks=[GradNorm()]).train()
         assert GradNorm.norms == pytest.approx([0.01] * 6, rel=1e-3)
 
+    @pytest.mark.long
     def test_load_best_model_at_end(self, tmp_path):
         schedule = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
         trainer = make_trainer(tmp_path, load_best_model_at_end=True, learning_rate=0.3, **schedule)
@@ -186,6 +189,7 @@ class TestFeatures:
         assert best.name == f"checkpoint-{min(losses, key=lambda step: float(losses[step]))}"
         assert float(trainer.evaluate()["eval_loss"]) == pytest.approx(min(map(float, losses.values())), rel=1e-3)
 
+    @pytest.mark.long
     def test_hyperparameter_search(self, tmp_path):
         optuna = pytest.importorskip("optuna")
         seen = set()
@@ -212,6 +216,7 @@ class TestFeatures:
         )
         assert seen == {("adatamw", "gamma=0.5", 0.5), ("adatamw", "gamma=0.7", 0.7)}
 
+    @pytest.mark.long
     def test_loraplus_groups_keep_their_learning_rates(self, tmp_path):
         peft = pytest.importorskip("peft")
         from peft.optimizers import create_loraplus_optimizer
@@ -234,6 +239,7 @@ class TestFeatures:
 class TestResume:
     saving = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine", "weight_decay": 0.1}  # noqa: RUF012
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "changes",
         [{"optim": "adatamw"}, {"optim": "adatam", "bf16": True}, {"optim": "tam"}, {"optim_args": "scope=model"}],
@@ -246,6 +252,7 @@ class TestResume:
         assert resumed.state.global_step == 6
         assert_same_run(uninterrupted, resumed)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
     def test_a_run_goes_on_from_adamw(self, tmp_path, optim):
         make_trainer(tmp_path, optim=optim, **self.saving).train()
@@ -268,6 +275,7 @@ class TestResume:
             torch.testing.assert_close(first_moment, entry["exp_avg"], rtol=1e-6, atol=0)
         assert any(torques(unwrapped(trainer)))
 
+    @pytest.mark.long
     def test_save_only_model_resumes_with_a_fresh_optimizer_when_asked_for(self, tmp_path, caplog):
         make_trainer(tmp_path, save_only_model=True, **self.saving).train()
         checkpoint = tmp_path / "checkpoint-3"
@@ -279,6 +287,7 @@ class TestResume:
         with pytest.raises(ValueError, match=r"optimizer\.pt is missing.*save_only_model=True"):
             make_trainer(tmp_path, **self.saving).train(resume_from_checkpoint=str(checkpoint))
 
+    @pytest.mark.long
     def test_the_state_file_of_the_trainer_is_written_last(self, tmp_path):
         """What `require_resumable` rests on."""
         make_trainer(tmp_path, **self.saving).train()

@@ -72,6 +72,7 @@ def test_harm_is_found_before_anything_is_loaded(run_folder, harm):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.long
 def test_the_error_names_the_checkpoint_to_go_on_from(run_folder):
     (run_folder / "checkpoint-4" / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match="Delete the folder and resume from") as caught:
@@ -96,6 +97,7 @@ def test_a_save_killed_at_any_moment_is_refused(run_folder):
     assert last_complete_checkpoint(run_folder) == target
 
 
+@pytest.mark.long
 def test_without_checksums_a_checkpoint_is_accepted_unless_it_is_cut_off(run_folder):
     (run_folder / "checkpoint-4" / "optimizer.sha256").unlink()
     assert resume(run_folder).state.global_step == 5
@@ -104,6 +106,7 @@ def test_without_checksums_a_checkpoint_is_accepted_unless_it_is_cut_off(run_fol
         resume(run_folder, str(run_folder / "checkpoint-4"))
 
 
+@pytest.mark.long
 def test_other_optimizers_keep_the_behaviour_of_the_trainer(run_folder):
     (run_folder / "checkpoint-4" / "optimizer.pt").unlink()
     assert resume(run_folder, optim="adamw_torch").state.global_step == 5
@@ -121,6 +124,7 @@ class Explosive:
         return (open, ("exploded", "w"))
 
 
+@pytest.mark.long
 def test_a_pickle_that_runs_code_is_refused(run_folder, monkeypatch):
     monkeypatch.chdir(run_folder)
     checkpoint = run_folder / "checkpoint-4"

@@ -131,6 +131,7 @@ print(Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(sys.argv[2], optim=
 """
 
 
+@pytest.mark.launch
 def test_training_args_bin_loads_without_hf_tam_and_hf_tam_may_come_last(tmp_path):
     path = tmp_path / "training_args.bin"
     torch.save(arguments(tmp_path, optim_args="gamma=0.5"), path)

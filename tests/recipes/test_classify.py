@@ -44,6 +44,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_embedded_default_learns_wordings_it_has_not_seen(seed, classify):
     status, output, error = classify("--seed", seed)
@@ -63,6 +64,7 @@ def test_embedded_default_learns_wordings_it_has_not_seen(seed, classify):
     assert any("test_accuracy" in row for row in rows)
 
 
+@pytest.mark.long
 def test_a_rare_label_that_was_held_out_is_left_out(classify, encoder, tmp_path):
     """The recipe drew what it holds out: that the only record of a class is among it is nobody's mistake."""
     rows = [{"text": f"a question of kind {number % 2}", "label": f"kind {number % 2}"} for number in range(30)]
@@ -80,6 +82,7 @@ def test_no_wording_of_the_test_is_in_training():
         assert not set(sentences) & set(help_desk.TRAIN[intent])
 
 
+@pytest.mark.long
 def test_lora_on_an_encoder_trains_adapter_and_head(encoder, classify, tmp_path):
     path = tmp_path / "train.csv"
     Dataset.from_list(ROWS).rename_column("label", "intent").to_csv(str(path))
@@ -126,6 +129,7 @@ def test_bad_data_is_one_clear_error(train, test, flags, message, classify, enco
     assert not classify.output_dir.exists()
 
 
+@pytest.mark.long
 def test_text_that_is_cut_is_counted(classify, encoder, tmp_path):
     path = write(tmp_path / "train.jsonl", A, {"text": "a book " * 40, "label": "y"})
     status, _, error = classify(
@@ -144,6 +148,7 @@ def test_text_that_is_cut_is_counted(classify, encoder, tmp_path):
     assert "warning: 1 of 2 texts" in error
 
 
+@pytest.mark.long
 def test_numeric_labels_keep_their_order(classify, encoder, tmp_path):
     rows = [{"text": f"a book {number}", "label": number} for number in (10, 9, 2)]
     path = write(tmp_path / "train.jsonl", *rows)

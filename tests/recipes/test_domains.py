@@ -47,6 +47,7 @@ def test_metrics():
     assert metrics["test_final_accuracy"] == pytest.approx((0.2 + 0.5 + 0.7) / 3)
 
 
+@pytest.mark.long
 def test_the_demo_learns_each_domain_with_one_optimizer(tmp_path, monkeypatch, capsys):
     trainers = []
     through = domains.train_through
@@ -107,6 +108,7 @@ def test_the_loss_sees_the_labels_of_the_domain_alone(dtype):
     assert torch.equal(gradient != 0, candidates[labels])
 
 
+@pytest.mark.slow
 def test_a_known_domain_is_forgotten_less(tmp_path):
     """Five seeds forgot 0.21 to 0.29 of it, and 0.56 to 0.98 where a label is told from all. Gradients accumulate."""
     results = []

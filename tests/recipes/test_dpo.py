@@ -49,10 +49,12 @@ def share_answered(model, folder, records):
     return sum(text == record["chosen"].strip() for text, record in zip(written, records, strict=True)) / len(records)
 
 
+@pytest.mark.launch
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 @pytest.mark.parametrize(
     ("epochs", "least_preferred", "least_answered"),
-    [(2, 0.6, 0.3), pytest.param(5, 0.85, 0.5, marks=pytest.mark.slow)],
+    [(2, 0.6, 0.3), (5, 0.85, 0.5)],
 )
 def test_embedded_default_learns_to_answer_the_question(epochs, least_preferred, least_answered, demo_run, tmp_path):
     """On animals without a preference; the base model prefers the wrong one of two in six or seven of ten pairs."""
@@ -90,6 +92,7 @@ def test_rejected_is_true_but_answers_another_question():
         assert all(record["rejected"] in chosen and record["rejected"] != record["chosen"] for record in records)
 
 
+@pytest.mark.long
 def test_reference_is_the_model_without_its_adapter(dpo, monkeypatch):
     trainers = []
     monkeypatch.setattr(
@@ -112,6 +115,7 @@ def test_reference_is_the_model_without_its_adapter(dpo, monkeypatch):
     assert (trained - expected).abs().min() > 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [(), pytest.param(("--precompute_ref_log_probs", "true"), marks=pytest.mark.slow)],
@@ -199,12 +203,14 @@ def test_directory_in_use_is_refused(dpo):
     assert "is not empty" in error
 
 
+@pytest.mark.long
 def test_dropout_without_effect_is_a_warning(dpo):
     status, _, error = dpo("--dataset_name", "demo", "--lora_dropout", "0.1")
     assert status == 0
     assert "lora_dropout has no effect" in error
 
 
+@pytest.mark.slow
 def test_run_stopped_by_sigterm_continues_bit_for_bit(dpo, tmp_path, monkeypatch):
     step, flags = DPOTrainer.training_step, ["--dataset_name=demo", "--max_steps=6", "--save_steps=6"]
     assert dpo(*flags, f"--output_dir={tmp_path / 'whole'}", "--save_strategy=steps")[0] == 0

@@ -8,6 +8,8 @@ import pytest
 
 from tests.recipes.forking import ForkServer
 
+pytestmark = pytest.mark.launch
+
 
 @pytest.fixture(scope="module")
 def server():

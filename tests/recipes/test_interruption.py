@@ -79,11 +79,13 @@ def stopped_run(output_dir, model, number):
     return checkpoint
 
 
+@pytest.mark.launch
 def test_ctrl_c_leaves_a_complete_checkpoint(tiny_model, tmp_path):
     checkpoint = stopped_run(tmp_path / "run", tiny_model, signal.SIGINT)
     assert last_complete_checkpoint(tmp_path / "run") == checkpoint
 
 
+@pytest.mark.launch
 def test_run_stopped_by_sigterm_continues_bit_for_bit(uninterrupted, tiny_model, tmp_path):
     output_dir = tmp_path / "run"
     stopped_run(output_dir, tiny_model, signal.SIGTERM)

@@ -48,6 +48,7 @@ def run(tmp_path, tiny_model, capsys):
     return start
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("demo")
 def test_demo_runs_and_perplexity_falls(demo_run, tmp_path, monkeypatch, capsys):
     """The script without arguments; its base model is the one that the demo of sft.py has pretrained."""
@@ -73,6 +74,7 @@ def test_demo_runs_and_perplexity_falls(demo_run, tmp_path, monkeypatch, capsys)
     assert results["eval_perplexity"] == pytest.approx(expected["eval_perplexity"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_run_stopped_by_sigterm_continues_bit_for_bit(run, tmp_path, monkeypatch):
     """It stops in the middle of an epoch, with dropout, accumulation and a schedule: there is a state to get wrong."""
     whole = tmp_path / "whole"
@@ -173,6 +175,7 @@ sys.exit(no_trainer.main())
 """
 
 
+@pytest.mark.launch
 def test_job_killed_inside_a_save_resumes_from_the_checkpoint_before(run, fork_server, tmp_path, tiny_model):
     script = tmp_path / "killed.py"
     script.write_text(KILLED_IN_A_SAVE.format(root=os.getcwd()))

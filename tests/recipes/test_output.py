@@ -24,6 +24,7 @@ def test_directory_that_is_not_empty_is_refused_and_left_alone(sft):
     assert [path.name for path in sft.output_dir.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.long
 def test_overwrite_replaces_the_run_and_keeps_what_is_not_the_recipe_s(sft):
     stale = sft.output_dir / "checkpoint-999"
     stale.mkdir(parents=True)
@@ -79,6 +80,7 @@ def test_space_needed_counts_what_is_saved(tiny_model, tmp_path, monkeypatch):
         output.check_disk_space(tmp_path, model, full=True)
 
 
+@pytest.mark.long
 def test_disk_that_fills_up_in_training_is_named(sft, monkeypatch):
     """The second probe fails, as it does once a save has failed for want of space."""
     from transformers import Trainer
@@ -97,6 +99,7 @@ def test_disk_that_fills_up_in_training_is_named(sft, monkeypatch):
     assert "No space left on device. The run stopped: no checkpoint had been written" in error
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root can mount a small disk")
 def test_disk_that_is_really_full(sft, tmp_path):
     disk = tmp_path / "disk"
@@ -115,6 +118,7 @@ def test_disk_that_is_really_full(sft, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.long
 def test_other_failures_in_training_are_not_blamed_on_the_disk(sft, monkeypatch):
     from transformers import Trainer
 
@@ -126,6 +130,7 @@ def test_other_failures_in_training_are_not_blamed_on_the_disk(sft, monkeypatch)
         sft("--dataset_name", "demo")
 
 
+@pytest.mark.long
 def test_incomplete_checkpoints_are_passed_over(sft):
     assert sft("--dataset_name", "demo", "--save_strategy", "steps", "--save_steps", "1")[0] == 0
     newest, half = sft.output_dir / "checkpoint-3", sft.output_dir / "checkpoint-4"
@@ -150,6 +155,7 @@ def test_resuming_from_nothing_is_an_error(choice, message, sft):
     assert message in error
 
 
+@pytest.mark.long
 def test_auto_starts_afresh_where_there_is_nothing_to_resume(sft):
     status, _, error = sft("--dataset_name", "demo", "--resume_from_checkpoint", "auto")
     assert status == 0, error

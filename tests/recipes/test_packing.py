@@ -58,6 +58,7 @@ def test_loss_and_gradients_are_those_of_records_alone(attention, tiny_model):
     torch.testing.assert_close(gradients["packed"], gradients["alone"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_trainer_steps_on_the_same_loss(sft, tmp_path):
     """One batch of all records, packed or not: the same first step, and the same perplexity after it."""
     measured = {}

@@ -68,6 +68,7 @@ def memory():
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("row", "shares"),
     [

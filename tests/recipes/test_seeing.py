@@ -9,6 +9,7 @@ from recipes.support.reporting import read_metrics
 from recipes.support.speed import throughput
 
 
+@pytest.mark.long
 def test_sft_logs_the_torque(sft):
     status, output, _ = sft("--dataset_name=demo", "--per_device_train_batch_size=2", "--num_sample_generations=0")
     assert status == 0
@@ -23,6 +24,7 @@ def test_sft_logs_the_torque(sft):
     assert "tokens per second" in output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["--optim_args=log_torque=false"], ["--optim=adamw_torch"]])
 def test_sft_without_it(sft, caplog, arguments):
     assert sft("--dataset_name=demo", "--num_sample_generations=0", "--max_train_samples=8", *arguments)[0] == 0

@@ -54,9 +54,8 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("epochs", "least_exact", "least_chrf"), [(4, 0.15, 60), pytest.param(8, 0.9, 95, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("epochs", "least_exact", "least_chrf"), [(4, 0.15, 60), (8, 0.9, 95)])
 def test_embedded_default_reads_dates_it_has_not_seen(epochs, least_exact, least_chrf, seq2seq):
     """No date is right by chance, and none was after one epoch, where chrF was below 31."""
     status, output, error = seq2seq("--num_train_epochs", epochs, "--eval_strategy", "no", model=None)
@@ -86,6 +85,7 @@ def test_ordinals(day, ordinal):
     assert f"{day}{dates._ending(day)}" == ordinal
 
 
+@pytest.mark.long
 def test_lora_and_every_metric(seq2seq, tmp_path):
     rows = [{"article": row["source"], "summary": row["target"]} for row in ROWS]
     path = write_lines(tmp_path / "train.jsonl", *rows)

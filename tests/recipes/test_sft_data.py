@@ -111,6 +111,7 @@ def test_bad_template_is_named(content, message, tokenizer, tmp_path):
         load_template(str(path), tokenizer)
 
 
+@pytest.mark.long
 def test_template_is_saved_with_the_result(sft, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", *([{"messages": CHAT}] * 8))
     (tmp_path / "mine.jinja").write_text(GENERATION_TEMPLATE)
@@ -228,6 +229,7 @@ def test_data_alone_does_not_bring_the_demo_model(sft, tmp_path):
     assert "no model: data was named" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_every_format_trains(suffix, sft, tmp_path):
     dataset = Dataset.from_list([PAIR] * 12)
@@ -242,6 +244,7 @@ def test_every_format_trains(suffix, sft, tmp_path):
     assert (sft.output_dir / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_full_fine_tuning_saves_the_whole_model(sft):
     status, output, error = sft("--dataset_name", "demo", "--full", "--optim", "adamw_torch")
     assert status == 0, error

@@ -79,6 +79,7 @@ def test_saved_adapter_gives_the_reported_perplexity(demo_run):
     assert math.exp(total / count) == pytest.approx(results["eval_perplexity"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_improvement_is_larger_than_its_spread_over_seeds(demo_run, tmp_path):
     """Three adaptations of the one pretrained base, shorter than the demo's."""
     before, after = [], []

@@ -53,6 +53,7 @@ def with_slow(cases, *slow):
     return [pytest.param(*value, id=name, marks=marks.get(name, [])) for name, value in values.items()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("flags", "written"), with_slow(KINDS, "bf16", "fp4 dora", "rslora and names"))
 def test_kind_trains_and_merges_into_what_was_measured(flags, written, sft, tmp_path):
     """The merged model, one piece in one type, has the perplexity that was reported of base and adapter."""
@@ -103,6 +104,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", with_slow(RESUMED, "dora", "lora plus, torch's adamw", "packing"))
 def test_resumed_run_ends_bit_for_bit(flags, sft, tmp_path):
     if "--load_in_4bit" in flags:
@@ -202,6 +204,7 @@ def test_4_bits_where_a_recipe_does_not_load_them():
         models.add_adapter(tiny_llama(), LoraArguments(load_in_4bit=True), peft.TaskType.CAUSAL_LM)
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_best(sft):
     """No evaluation is better by 100 than the first, and the rate is such that the last need not be the best."""
     flags = ["--max_steps=12", "--eval_steps=1", "--save_steps=1", "--early_stopping_patience=2", "--warmup_steps=0"]
@@ -213,6 +216,7 @@ def test_early_stopping_keeps_the_best(sft):
     assert results["eval_loss"] == pytest.approx(min(row["eval_loss"] for row in rows), rel=1e-5)
 
 
+@pytest.mark.long
 def test_finished_run_is_merged_and_nothing_else(sft, capsys):
     status, _, error = sft(*QUICK)
     assert status == 0, error
@@ -224,6 +228,7 @@ def test_finished_run_is_merged_and_nothing_else(sft, capsys):
     assert (sft.output_dir / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.long
 def test_merge_that_changes_what_is_said_is_not_kept(sft, monkeypatch):
     status, _, error = sft(*QUICK)
     assert status == 0, error
@@ -250,6 +255,7 @@ def test_dry_run_writes_nothing_and_repeats_as_a_configuration(sft, tmp_path):
     assert again == output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "names"), [([], ["loraplus_lr_ratio"]), (["--load_in_4bit"], ["4 bits, nf4"])], ids=["plain", "4 bits"]
 )
@@ -264,6 +270,7 @@ def test_dry_run_counts_what_the_run_trains(flags, names, sft):
     assert all(name in card for name in names)
 
 
+@pytest.mark.long
 def test_hub_gets_the_result_and_our_card(sft, monkeypatch):
     """The Trainer's own code runs; only what would go over the network is replaced."""
     from huggingface_hub import HfApi, RepoUrl
@@ -339,6 +346,7 @@ def test_merge_of_a_run_that_is_not_there_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packing", [(), ("--packing",)], ids=["plain", "packed"])
 def test_a_test_file_is_measured_once_at_the_end(sft, tmp_path, packing):
     """What it gives is what an evaluation of the saved result gives; nothing else of the run depends on it."""

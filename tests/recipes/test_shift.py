@@ -41,6 +41,7 @@ def test_metrics_of_a_sequence():
     assert metrics["test_task_accuracies"] == [0.9, 0.8, 0.7]
 
 
+@pytest.mark.long
 def test_the_optimizer_goes_on_and_the_labels_are_learnt(tmp_path, monkeypatch, capsys):
     trainers = []
     through = label_shift.train_through

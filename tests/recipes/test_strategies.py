@@ -145,12 +145,21 @@ LOADS_SHARDS = Version(version("accelerate")) >= Version("1.13")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("script", ["sft", "no_trainer"])
 @pytest.mark.parametrize(
-    "strategy",
+    ("strategy", "script"),
     [
-        pytest.param(each, id=each.name, marks=[needs_tensor_parallel_adapters] if each.name == "tp" else [])
+        pytest.param(
+            each,
+            script,
+            id=f"{each.name}-{script}",
+            marks=[
+                *[needs_tensor_parallel_adapters] * (each.name == "tp"),
+                # The gate has the loop under one strategy of each kind.
+                *[pytest.mark.slow] * (script == "no_trainer" and each.name not in ("single", "fsdp2", "zero3")),
+            ],
+        )
         for each in STRATEGIES
+        for script in ("sft", "no_trainer")
     ],
 )
 def test_launch(strategy, script, launch, whole, tmp_path):

@@ -100,6 +100,7 @@ def test_header_is_true_of_the_real_architecture(path):
         assert not any("lora" in name and "classifier" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.long
 @each_file
 def test_three_steps_lower_the_loss(path, tmp_path):
     """On a random model of the same architecture, with this file's arguments but for rate and accumulation."""

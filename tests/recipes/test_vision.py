@@ -31,6 +31,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "least"),
     [
@@ -52,6 +53,7 @@ def test_embedded_default_reads_digits_it_has_not_seen(flags, least, vision):
     assert results["test_macro_f1"] > least - 0.1
 
 
+@pytest.mark.long
 def test_saved_model_gives_the_reported_accuracy(vision):
     """Weights, running statistics of BatchNorm and what prepares the images, as transformers loads them."""
     assert vision("--num_train_epochs", 1, "--eval_strategy", "no")[0] == 0
@@ -81,6 +83,7 @@ def make_folder(folder, **classes):
     return folder
 
 
+@pytest.mark.long
 def test_lora_trains_adapter_and_head(vision, tmp_path):
     status, _, error = vision(*tiny_images(tmp_path), "--max_steps", 2)
     assert status == 0, error
@@ -91,6 +94,7 @@ def test_lora_trains_adapter_and_head(vision, tmp_path):
     assert any("query.lora_A" in name or "q_proj.lora_A" in name for name in names)
 
 
+@pytest.mark.long
 def test_folder_named_like_a_split_is_a_class(vision, tmp_path):
     folder = make_folder(tmp_path / "images", train=3, test=3)
     arguments = ["--architecture", "resnet", "--full", "--train_folder", folder, "--test_folder", folder]
@@ -167,6 +171,7 @@ def test_directory_in_use_is_refused(vision):
     assert "is not empty" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["resnet", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_run_stopped_by_sigterm_continues_bit_for_bit(architecture, vision, tmp_path, monkeypatch):
     """With BatchNorm's running statistics and, in MobileNetV2, dropout."""

@@ -24,7 +24,10 @@ def pairwise():
             lora, optim, scope = next(choices)
             if name.startswith("zero") and framework == "trainer":
                 scope = "tensor"  # the Trainer makes two param groups: model is refused, see below
-            yield pytest.param(framework, name, optim, scope, lora, id=f"{framework}-{name}-{optim}-{scope}-{lora}")
+            # On four ranks the gate has the loop, which takes half as long as the Trainer.
+            marks = pytest.mark.slow if framework == "trainer" and name in ("hsdp", "fsdp2-tp") else ()
+            where = f"{framework}-{name}-{optim}-{scope}-{lora}"
+            yield pytest.param(framework, name, optim, scope, lora, id=where, marks=marks)
 
 
 @pytest.fixture(scope="module")

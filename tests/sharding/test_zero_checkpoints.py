@@ -115,7 +115,15 @@ def convert(folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("stage", "saved_by", "resumed_by"), [(1, 2, 4), (2, 4, 2), (3, 2, 4), (3, 4, 2)])
+@pytest.mark.parametrize(
+    ("stage", "saved_by", "resumed_by"),
+    [
+        pytest.param(1, 2, 4, marks=pytest.mark.slow),
+        (2, 4, 2),
+        pytest.param(3, 2, 4, marks=pytest.mark.slow),
+        (3, 4, 2),
+    ],
+)
 def test_universal_checkpoint_with_another_number_of_ranks(
     worlds, fresh_worlds, tmp_path, stage, saved_by, resumed_by
 ):

@@ -76,6 +76,7 @@ def test_a_whole_step_takes_two_launches(launches):
     assert launches == ["sums_kernel", "adam_step_kernel"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_groups_that_differ_in_numbers_take_two_launches_together(launches, only_triton, tensor_lr):
     """As the readable backend steps them, a group at a time."""
