@@ -50,6 +50,28 @@ def _refuse(name: str, value: object, accepted: str) -> None:
     raise ValueError(f"{words}: {value} ({name} must be {accepted})")
 
 
+def plain_numbers(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are a number in a tensor on the CPU or in a NumPy array, as floats.
+
+    torch.optim takes both. `lr` stays a tensor, which schedulers write to.
+    """
+    found: dict[str, Any] = {}
+    for name, value in hyperparameters.items():
+        if name == "betas" and isinstance(value, (tuple, list)):
+            if any(_is_boxed(beta) for beta in value):
+                found[name] = type(value)(float(beta) if _is_boxed(beta) else beta for beta in value)
+        elif name in _CHECKS and _is_boxed(value) and not (name == "lr" and isinstance(value, Tensor)):
+            found[name] = float(value)
+    return found
+
+
+def _is_boxed(value: object) -> bool:
+    """Whether it is one number in a tensor, which the host may read, or in an array of no dimension."""
+    if isinstance(value, Tensor):
+        return value.device.type == "cpu" and value.numel() == 1 and not value.is_complex()
+    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and not isinstance(value, bool)
+
+
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
@@ -94,7 +116,7 @@ def _betas(name: str, value: object) -> None:
     for index, beta in enumerate(value):
         number = _number(beta)
         if number is None or not 0.0 <= number < 1.0:
-            accepted = "betas must be two numbers in [0, 1), not tensors"
+            accepted = "betas must be two numbers in [0, 1), not tensors on an accelerator"
             raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({accepted})")
 
 

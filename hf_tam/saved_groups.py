@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hf_tam.hyperparameters import validate, validate_step_size
+from hf_tam.hyperparameters import plain_numbers, validate, validate_step_size
 from hf_tam.step.buffers import TABLE
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def adapt_group(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, 
 
 def _check(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
     """As the constructor does; but a schedule may have gone below 0 by rounding, as `lr -= decrement` does."""
+    saved.update(plain_numbers({key: saved[key] for key in optimizer.defaults}))
     known = {key: saved[key] for key in optimizer.defaults}
     if isinstance(known["lr"], (Real, Tensor)):
         known["lr"] = abs(known["lr"])

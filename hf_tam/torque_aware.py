@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_tam import checkpoint
 from hf_tam.family import Family
-from hf_tam.hyperparameters import validate, validate_step_size
+from hf_tam.hyperparameters import plain_numbers, validate, validate_step_size
 from hf_tam.logical import LogicalTensors
 from hf_tam.sharding import FSDP1_MARK, Agreement, Reducer, Span, Stepped
 from hf_tam.step import buffers, guards
@@ -39,6 +39,7 @@ class TorqueAware(Optimizer, ABC):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check `defaults`, then hand over to torch.optim.Optimizer."""
+        defaults = {**defaults, **plain_numbers(defaults)}
         validate(defaults)
         validate_step_size(defaults["step_size"], self.step_sizes)
         self._reset_runtime()
@@ -58,6 +59,7 @@ class TorqueAware(Optimizer, ABC):
             ValueError: A hyperparameter is out of range, or a parameter is already in a group.
         """
         if isinstance(param_group, dict):  # otherwise torch says what it should be
+            param_group.update(plain_numbers(param_group))
             merged = {**self.defaults, **param_group}
             validate(merged)
             validate_step_size(merged["step_size"], self.step_sizes)
