@@ -139,6 +139,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_spawned_processes_of_a_script_know_its_classes_and_the_names(tmp_path):
     script = tmp_path / "spawning.py"
@@ -196,6 +197,7 @@ def activated_python(tmp_path_factory):
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_activated_environment(activated_python, tmp_path):
     run_successfully([activated_python, UNTOUCHED_SCRIPT, *script_arguments(tmp_path)])

@@ -100,6 +100,7 @@ def test_run_stopped_by_sigterm_continues_bit_for_bit(run, tmp_path, monkeypatch
     assert_same_state(run.output_dir, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_resuming_in_two_processes_is_exact(fork_server, tiny_model, tmp_path):
     """Each process has dropout of its own."""

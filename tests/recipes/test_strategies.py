@@ -144,6 +144,10 @@ needs_tensor_parallel_adapters = pytest.mark.skipif(
 LOADS_SHARDS = Version(version("accelerate")) >= Version("1.13")
 
 
+# One of each kind; tests/sharding has the numbers of all.
+IN_GATE = {(name, "sft") for name in ("single", "ddp", "fsdp1", "fsdp2", "tp", "zero3")} | {("fsdp2", "no_trainer")}
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("strategy", "script"),
@@ -154,8 +158,7 @@ LOADS_SHARDS = Version(version("accelerate")) >= Version("1.13")
             id=f"{each.name}-{script}",
             marks=[
                 *[needs_tensor_parallel_adapters] * (each.name == "tp"),
-                # The gate has the loop under one strategy of each kind.
-                *[pytest.mark.slow] * (script == "no_trainer" and each.name not in ("single", "fsdp2", "zero3")),
+                *[pytest.mark.slow] * ((each.name, script) not in IN_GATE),
             ],
         )
         for each in STRATEGIES

@@ -23,6 +23,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_machines_of_one_process(tmp_path):
     strategies = STRATEGIES + (["zero2-2", "zero3-2"] if _has_deepspeed() else [])
     rendezvous = [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_backend=c10d", "--rdzv_id=test",
