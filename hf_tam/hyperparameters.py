@@ -14,6 +14,8 @@ NONFINITE = ("skip", "raise", "propagate")
 ADAPTIVE_STEP_SIZES = ("adamw", "paper")
 MOMENTUM_STEP_SIZES = ("sgd", "paper")
 
+_NUMBERS = ("lr", "momentum", "eps", "weight_decay", "gamma", "damping_eps", "max_grad_norm")
+
 # Each message begins as torch.optim's own does where torch checks the same thing (torch/optim/adam.py, sgd.py).
 _TORCH_WORDS = {
     "lr": "Invalid learning rate",
@@ -60,7 +62,7 @@ def plain_numbers(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         if name == "betas" and isinstance(value, (tuple, list)):
             if any(_is_boxed(beta) for beta in value):
                 found[name] = type(value)(float(beta) if _is_boxed(beta) else beta for beta in value)
-        elif name in _CHECKS and _is_boxed(value) and not (name == "lr" and isinstance(value, Tensor)):
+        elif name in _NUMBERS and _is_boxed(value) and not (name == "lr" and isinstance(value, Tensor)):
             found[name] = float(value)
     return found
 

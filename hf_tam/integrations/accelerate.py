@@ -31,7 +31,7 @@ from hf_tam.sharding.refusals import refuse_plain_shards
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware
 
-TESTED_RANGE = ">=1.12,<2"
+TESTED_RANGE = ">=1.13,<2"
 
 patched: list[str] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,10 @@ def _require_unharmed(accelerator: Any, folder: Path) -> None:
 
 
 def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap accelerate's `load_fsdp_optimizer` so that our optimizers load what was saved, all of it."""
+    """Wrap accelerate's `load_fsdp_optimizer` so that our optimizers load what was saved, all of it.
+
+    Raises, when called, RuntimeError where nothing was loaded of states that were saved.
+    """
 
     @functools.wraps(load_fsdp_optimizer)
     def wrapped(
@@ -170,21 +174,41 @@ def exactly_loading(load_fsdp_optimizer: Callable[..., Any]) -> Callable[..., An
             load_fsdp_optimizer, fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, **kwargs
         )
         inner = find_ours(optimizer)
-        shards = Path(input_dir) / f"optimizer_{optimizer_index}"
-        if inner is None or not shards.is_dir():
+        if inner is None:
             return load()
+        shards = Path(input_dir) / f"optimizer_{optimizer_index}"
+        if not shards.is_dir():
+            result = load()
+            if fsdp_plugin.fsdp_version == 2:
+                _require_states(inner, Path(input_dir))
+            return result
         if fsdp_plugin.fsdp_version == 1:
             _make_states(inner)
             load = functools.partial(_with_small_tensors, load)
-        metadata = read_metadata(shards)
-        names = set() if metadata is None else set(metadata.state_dict_metadata)
+        saved = read_metadata(shards)
+        names = set() if saved is None else set(saved.state_dict_metadata)
         handle = inner.register_state_dict_post_hook(functools.partial(_ask_for, names=names), prepend=True)
         try:
-            return load()
+            result = load()
         finally:
             handle.remove()
+        if fsdp_plugin.fsdp_version == 2 and any(name.startswith("optimizer.state.") for name in names):
+            _require_states(inner, shards)
+        return result
 
     return wrapped
+
+
+def _require_states(optimizer: TorqueAware, source: Path) -> None:
+    """Refuse to go on as if from the beginning: accelerate 1.12 loads nothing under FSDP2, without a word.
+
+    Not under FSDP1, where a rank may hold nothing of what is trained.
+    """
+    if not any(optimizer.state.values()):
+        raise RuntimeError(
+            f"accelerate {metadata.version('accelerate')} has loaded none of the optimizer's states in {source}, and "
+            "training would go on with new ones; install accelerate>=1.13, which loads them"
+        )
 
 
 def _make_states(optimizer: TorqueAware) -> None:

@@ -5,6 +5,7 @@ import os
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 
+from hf_tam.integrations.accelerate_checkpoint import exactly_loading
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 from tests.sharding import checkpoints
@@ -51,6 +52,18 @@ def train(folder, plugin, resume, changes):
             "rate": trainer.lr_scheduler.get_last_lr(),
             "ranks disagree": checkpoints.disagreements(optimizer) if hasattr(optimizer, "scalar_states") else [],
         }
+
+
+def resume_without_states(folder, plugin):
+    """Resume with an accelerate that loads nothing."""
+    from transformers import trainer
+
+    real = trainer.load_fsdp_optimizer
+    trainer.load_fsdp_optimizer = exactly_loading(lambda *args, **kwargs: None)
+    try:
+        train(folder, plugin, checkpoint(folder), {})
+    finally:
+        trainer.load_fsdp_optimizer = real
 
 
 def parameter_kind(optimizer):
