@@ -229,14 +229,17 @@ def _with_small_tensors(load: Callable[[], Any]) -> Any:
     checkpoint/default_planner.py, create_local_plan), unless it leaves out a flattening that is for FSDP1 on top of
     tensor parallelism.
     """
-    from torch.distributed.checkpoint import default_planner
+    from torch.distributed.checkpoint import default_planner, state_dict_loader
 
     planner = default_planner.DefaultLoadPlanner
-    default_planner.DefaultLoadPlanner = functools.partial(planner, flatten_sharded_tensors=False)  # type: ignore[assignment,misc]
+    # accelerate 1.15 makes the planner itself; up to 1.14 it leaves that to torch.
+    for module in (default_planner, state_dict_loader):
+        module.DefaultLoadPlanner = functools.partial(planner, flatten_sharded_tensors=False)  # type: ignore[attr-defined]
     try:
         return load()
     finally:
-        default_planner.DefaultLoadPlanner = planner  # type: ignore[misc]
+        for module in (default_planner, state_dict_loader):
+            module.DefaultLoadPlanner = planner  # type: ignore[attr-defined]
 
 
 def _ask_for(optimizer: Any, state_dict: dict[str, Any], *, names: set[str]) -> None:
