@@ -97,7 +97,8 @@ def adapt_group(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, 
     if overridden:
         warnings.warn(
             f"the checkpoint's hyperparameters override the requested ones: {', '.join(overridden)}. To use the "
-            "requested ones, set them in optimizer.param_groups after loading.",
+            "requested ones, set them in optimizer.param_groups after loading (in a Trainer by a callback, in its "
+            "on_train_begin).",
             UserWarning,
             stacklevel=2,
         )

@@ -114,7 +114,7 @@ def _print_registration() -> int:
     names = [f"--optim {name} ({integration.OPTIMIZERS[name]})" for name in integration.registered_names]
     print(f"tested with transformers{integration.TESTED_RANGE}")
     print(f"registered: {', '.join(names) or 'nothing'}")
-    print(f"patched: {', '.join([*integration.patched, *accelerate.patched])}")
+    print(f"patched: {', '.join(dict.fromkeys([*integration.patched, *accelerate.patched]))}")
     return 0
 
 
