@@ -28,13 +28,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name from its module, or `torque_log` itself, when it is first asked for."""
-    if name not in _HOMES and name != "torque_log":
+    """Import a public name from its module when it is first asked for."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    if name not in _HOMES:
-        return import_module(f"hf_tam.{name}")
     return getattr(import_module(_HOMES[name]), name)
 
 

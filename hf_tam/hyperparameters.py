@@ -14,7 +14,7 @@ NONFINITE = ("skip", "raise", "propagate")
 ADAPTIVE_STEP_SIZES = ("adamw", "paper")
 MOMENTUM_STEP_SIZES = ("sgd", "paper")
 
-_NUMBERS = ("lr", "momentum", "eps", "weight_decay", "gamma", "damping_eps", "max_grad_norm")
+_NUMBERS = ("lr", "betas", "momentum", "eps", "weight_decay", "gamma", "damping_eps", "max_grad_norm")
 
 # Each message begins as torch.optim's own does where torch checks the same thing (torch/optim/adam.py, sgd.py).
 _TORCH_WORDS = {
@@ -52,26 +52,26 @@ def _refuse(name: str, value: object, accepted: str) -> None:
     raise ValueError(f"{words}: {value} ({name} must be {accepted})")
 
 
+def plain(value: Any) -> Any:
+    """A Python number for a tensor, an array or a number of numpy's with one element; a tuple for several."""
+    read = getattr(value, "tolist", None)
+    if read is not None:
+        value = read()
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+
 def plain_numbers(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are a number in a tensor on the CPU or in a NumPy array, as floats.
+    """Those that are numbers, as Python's: torch.optim takes tensors and arrays, too.
 
-    torch.optim takes both. `lr` stays a tensor, which schedulers write to.
+    `lr` stays a tensor, which schedulers write to.
     """
-    found: dict[str, Any] = {}
-    for name, value in hyperparameters.items():
-        if name == "betas" and isinstance(value, (tuple, list)):
-            if any(_is_boxed(beta) for beta in value):
-                found[name] = type(value)(float(beta) if _is_boxed(beta) else beta for beta in value)
-        elif name in _NUMBERS and _is_boxed(value) and not (name == "lr" and isinstance(value, Tensor)):
-            found[name] = float(value)
-    return found
-
-
-def _is_boxed(value: object) -> bool:
-    """Whether it is one number in a tensor, which the host may read, or in an array of no dimension."""
-    if isinstance(value, Tensor):
-        return value.device.type == "cpu" and value.numel() == 1 and not value.is_complex()
-    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and not isinstance(value, bool)
+    return {
+        name: plain(hyperparameters[name])
+        for name in _NUMBERS
+        if name in hyperparameters and not (name == "lr" and isinstance(hyperparameters[name], Tensor))
+    }
 
 
 def _number(value: object) -> float | None:
@@ -118,8 +118,7 @@ def _betas(name: str, value: object) -> None:
     for index, beta in enumerate(value):
         number = _number(beta)
         if number is None or not 0.0 <= number < 1.0:
-            accepted = "betas must be two numbers in [0, 1), not tensors on an accelerator"
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({accepted})")
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta} (betas must be two numbers in [0, 1))")
 
 
 def _torque_steps(name: str, value: object) -> None:

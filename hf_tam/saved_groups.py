@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hf_tam.hyperparameters import plain_numbers, validate, validate_step_size
+from hf_tam.hyperparameters import plain, validate, validate_step_size
 from hf_tam.step.buffers import TABLE
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def adapt_group(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, 
             saved[key] = requested
         elif key in optimizer.defaults:
             if not isinstance(saved[key], Tensor) or key != "lr":
-                saved[key] = _plain(saved[key])
+                saved[key] = plain(saved[key])
             if _overrides(key, group, saved):
-                overridden.append(f"{key}={_plain(saved[key])} (requested: {_plain(requested)})")
+                overridden.append(f"{key}={plain(saved[key])} (requested: {plain(requested)})")
     _check(optimizer, saved)
     if overridden:
         warnings.warn(
@@ -106,7 +106,6 @@ def adapt_group(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, 
 
 def _check(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
     """As the constructor does; but a schedule may have gone below 0 by rounding, as `lr -= decrement` does."""
-    saved.update(plain_numbers({key: saved[key] for key in optimizer.defaults}))
     known = {key: saved[key] for key in optimizer.defaults}
     if isinstance(known["lr"], (Real, Tensor)):
         known["lr"] = abs(known["lr"])
@@ -132,19 +131,9 @@ def _overrides(key: str, group: dict[str, Any], saved: dict[str, Any]) -> bool:
 
 def _same(saved: Any, requested: Any) -> bool:
     """Whether two hyperparameters are equal, as far as a number in an fp32 tensor can tell."""
-    left, right = _plain(saved), _plain(requested)
+    left, right = plain(saved), plain(requested)
     if isinstance(left, tuple) and isinstance(right, tuple):
         return len(left) == len(right) and all(map(_same, left, right))
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-6)
     return bool(left == right)
-
-
-def _plain(value: Any) -> Any:
-    """A Python number for a tensor, an array or a number of numpy's with one element; a tuple for several."""
-    read = getattr(value, "tolist", None)
-    if read is not None:
-        value = read()
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value

@@ -1,5 +1,6 @@
 """What all tests share: no network, the same numbers in every run, and hypothesis without a data base."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def _torch_kernels(request, monkeypatch):
     """The backend "fused" stands for torch's kernels in the tests, and "default" for our own."""
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "fused":
         monkeypatch.setattr("hf_tam.backends.native.is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def small_garbage():
+    """Each collection of garbage would walk over all that was imported, for half a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

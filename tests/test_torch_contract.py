@@ -353,10 +353,3 @@ def test_public_names():
     for name in ("AdaTAMW", "AdaTAM", "TAM", "export_torch_state_dict"):
         assert name in hf_tam.__all__
         assert hasattr(hf_tam, name)
-
-
-def test_what_the_readme_calls_without_importing_it():
-    """`hf_tam.torque_log.read_torque(optimizer)`, after `import hf_tam` alone."""
-    assert hf_tam.__getattr__("torque_log").read_torque.__module__ == "hf_tam.torque_log"
-    with pytest.raises(AttributeError, match="no attribute 'torque_logs'"):
-        hf_tam.torque_logs  # noqa: B018

@@ -97,7 +97,10 @@ class Tensors:
 
 
 class _Lie(NamedTuple):
-    """How tensors lie in memory, an entry each. What is not a plain tensor has no address, and strides of its own."""
+    """How tensors lie in memory, an entry each, and whether all are contiguous.
+
+    What is not a plain tensor has no address, and strides of its own.
+    """
 
     shapes: list[torch.Size]
     strides: list[Any]

@@ -27,13 +27,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _others_are_left_out():
-    """What the libraries have made is not walked again by each collection."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("small_garbage")
 
 
 @pytest.fixture(params=OPTIMIZERS)

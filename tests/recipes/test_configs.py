@@ -5,7 +5,6 @@ meta device; what runs is a random model of the same class with every size cut d
 """
 
 import functools
-import gc
 import json
 import math
 import re
@@ -36,7 +35,7 @@ FILES = [
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 each_model = pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
 # They share tiny models and the real architectures, which each worker would build again.
-pytestmark = pytest.mark.xdist_group("configs")
+pytestmark = [pytest.mark.xdist_group("configs"), pytest.mark.usefixtures("small_garbage")]
 
 # The rates of the files are for trained models of 1e8 to 1e10 parameters. Random ones of 1e5 need a hundred times that
 # to move in a few steps, whatever optimizer they are given.
@@ -85,15 +84,6 @@ def real_model(path):
     lora = lora_arguments(path)
     names = ("full", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "modules_to_save", "use_dora")
     return _adapted(model_name(path), json.dumps({name: getattr(lora, name) for name in names}))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_garbage():
-    """The Trainer collects garbage at every start, and would walk over all that was imported for half a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_files_are_found():
