@@ -30,11 +30,6 @@ class Family:
     coupled: bool
     numbers: Callable[[Mapping[str, Any]], Numbers]
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """State keys, the moments first."""
-        return (*self.moments, *self.scalar_states)
-
     def foreign_scalars(self, group: Mapping[str, Any]) -> dict[str, float]:
         """The scalar states of a tensor whose moments torch.optim's counterpart has left."""
         scalars = dict.fromkeys(self.scalar_states, 0.0)

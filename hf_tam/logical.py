@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
@@ -53,18 +54,12 @@ class _Selected(NamedTuple):
             repeats=len(set(map(id, params))) < len(params),
         )
 
-    def serves(self, params: Sequence[Tensor]) -> bool:
-        """Whether these tensors, which have its ids, still are what it was chosen by.
-
-        In one process nothing can have been cut.
-        """
-        return list(map(type, params)) == self.kinds and (
-            not several_processes()
-            or (
-                (self.specs is None or _specs(params) == self.specs)
-                and (self.plain is None or _plain(params) == self.plain)
-                and all(is_frozen(params[position]) for position in self.frozen)
-            )
+    def still_serves(self, params: Sequence[Tensor]) -> bool:
+        """Whether these tensors, of its ids and types, are cut as they were. In one process nothing is."""
+        return not several_processes() or (
+            (self.specs is None or _specs(params) == self.specs)
+            and (self.plain is None or _plain(params) == self.plain)
+            and all(is_frozen(params[position]) for position in self.frozen)
         )
 
 
@@ -143,9 +138,11 @@ class LogicalTensors:
         if self._attached and all(param.grad is None for param in params):
             self._refuse_replaced(params)
         known = self._selected.get(tuple(map(id, params)))
-        if known is not None and known.serves(params):
-            self.repeats = known.repeats
-            return known.reducer
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if known is not None and known.kinds == list(map(type, params)):
+            if not is_distributed or known.still_serves(params):
+                self.repeats = known.repeats
+                return known.reducer
         modules = self._modules()
         for module in modules:  # FSDP2 puts other parameters in the module's place
             self._owned.learn(_named_parameters(module))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from hf_tam.family import Family
 from hf_tam.hyperparameters import ADAPTIVE_STEP_SIZES, MOMENTUM_STEP_SIZES
 from hf_tam.torque_aware import TorqueAware
-from hf_tam.update import Numbers, adam_numbers, sgd_numbers
+from hf_tam.update import adam_numbers, sgd_numbers
 
 __all__ = ["TAM", "AdaTAM", "AdaTAMW"]
 
@@ -31,32 +31,8 @@ class _Adaptive(TorqueAware):
 
 
 def _adaptive(name: str, *, coupled: bool) -> Family:
-    def numbers(group: Mapping[str, Any]) -> Numbers:
-        return adam_numbers(
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            coupled=coupled,
-            gamma=group["gamma"],
-            damping_eps=group["damping_eps"],
-            torque_steps=group["torque_steps"],
-            literal=group["step_size"] == "paper",
-        )
-
+    numbers = partial(adam_numbers, coupled=coupled)
     return Family(name, ("exp_avg", "exp_avg_sq"), ("step", "exp_avg_scale", "torque"), coupled, numbers)
-
-
-def _momentum(group: Mapping[str, Any]) -> Numbers:
-    return sgd_numbers(
-        lr=group["lr"],
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-        gamma=group["gamma"],
-        damping_eps=group["damping_eps"],
-        torque_steps=group["torque_steps"],
-        literal=group["step_size"] == "paper",
-    )
 
 
 class AdaTAMW(_Adaptive):
@@ -203,7 +179,7 @@ class TAM(TorqueAware):
     """
 
     step_sizes = MOMENTUM_STEP_SIZES
-    family: ClassVar[Family] = Family("TAM", ("momentum_buffer",), ("step", "torque"), True, _momentum)
+    family: ClassVar[Family] = Family("TAM", ("momentum_buffer",), ("step", "torque"), True, sgd_numbers)
 
     def __init__(
         self,

@@ -165,20 +165,26 @@ class TorqueAware(Optimizer, ABC):
     # reading scalars on the host would break the graph at every tensor and recompile at every new learning rate.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
-        reducer = self._select_reducer()
+        groups = self.param_groups
+        params = [param for group in groups for param in group["params"]]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            reducer = self._agree_on_reducer(params)
+        else:
+            reducer = self._logical.select(params, groups)
+        if not reducer.sees_all:
+            self._refuse_shared_angle()
         if self._just_loaded:
             checkpoint.share_scalars(self, reducer)
             self._just_loaded = False
-        self._pipeline.step(
-            self.param_groups,
-            self.state,
-            reducer,
-            name=self._describe,
-            limit=self._max_grad_norm(),
-            found_inf=getattr(self, "found_inf", None),
-            grad_scale=getattr(self, "grad_scale", None),
-            repeats=self._logical.repeats,
-        )
+        found_inf, grad_scale, scaling = getattr(self, "found_inf", None), getattr(self, "grad_scale", None), None
+        if (
+            found_inf is not None
+            or grad_scale is not None
+            or any(group["max_grad_norm"] is not None for group in groups)
+        ):
+            scaling = guards.Scaling(self._max_grad_norm(), found_inf, grad_scale)
+        repeats = self._logical.repeats
+        self._pipeline.step(groups, self.state, reducer, name=self._describe, scaling=scaling, repeats=repeats)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -189,19 +195,21 @@ class TorqueAware(Optimizer, ABC):
         """
         return any(group.get("fused") for group in self.param_groups)
 
-    def _select_reducer(self) -> Reducer:
-        params = list(self._params())
+    def _agree_on_reducer(self, params: list[Tensor]) -> Reducer:
+        """The reducer, where there are other ranks, which must step the same."""
         with self._agreement.telling(params):
             reducer = self._logical.select(params, self.param_groups)
         loaded, fresh = self._just_loaded, not self.state
         self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh))
-        if not reducer.sees_all and any(group["scope"] == "model" for group in self.param_groups):
+        return reducer
+
+    def _refuse_shared_angle(self) -> None:
+        if any(group["scope"] == "model" for group in self.param_groups):
             raise RuntimeError(
                 "scope='model' takes one angle over all parameters, but DeepSpeed hands over a part of them at a time "
                 "(a param group under ZeRO-1 and 2, a sub-group under ZeRO-3): use scope='tensor', or one param group "
                 "and a sub_group_size larger than the model"
             )
-        return reducer
 
     def _max_grad_norm(self) -> float | None:
         limit = guards.common_limit(self.param_groups)

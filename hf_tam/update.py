@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,79 +121,52 @@ def moment_unit(beta1: float, *, averaged: bool) -> float:
     return (1.0 - beta1 if averaged else 1.0) / NEUTRAL
 
 
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0.0 else -math.inf
-
-
-def adam_numbers(
-    *,
-    lr: Scalar,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    coupled: bool,
-    gamma: float,
-    damping_eps: float,
-    torque_steps: int | None,
-    literal: bool,
-) -> Numbers:
+def adam_numbers(group: Mapping[str, Any], *, coupled: bool) -> Numbers:
     """The numbers of an adaptive step.
 
+    With `step_size="paper"` the recurrence is taken literally: no average, no bias correction.
+
     Args:
-        lr: Learning rate; a tensor where the host must not read it.
-        betas: Decays of the moments.
-        eps: Term added to the denominator.
-        weight_decay: Weight decay.
-        coupled: Whether it belongs to the gradient.
-        gamma: Smoothing of the torque.
-        damping_eps: Least factor on a gradient.
-        torque_steps: Steps in which the torque acts; None: all.
-        literal: Whether the paper's recurrence is taken literally: no average, no bias correction.
+        group: A param group. Its `lr` is a tensor where the host must not read it.
+        coupled: Whether the weight decay belongs to the gradient.
     """
-    beta1, beta2 = betas
+    beta1, beta2 = group["betas"]
+    literal = group["step_size"] == "paper"
     return Numbers(
-        lr=lr,
-        weight_decay=0.0 if coupled else weight_decay,
-        coupled_decay=weight_decay if coupled else 0.0,
+        lr=group["lr"],
+        weight_decay=0.0 if coupled else group["weight_decay"],
+        coupled_decay=group["weight_decay"] if coupled else 0.0,
         beta1=beta1,
-        log_beta1=-math.inf if literal else _log(beta1),
+        log_beta1=-math.inf if literal or beta1 == 0.0 else math.log(beta1),
         beta2=beta2,
-        log_beta2=-math.inf if literal else _log(beta2),
+        log_beta2=-math.inf if literal or beta2 == 0.0 else math.log(beta2),
         second_weight=1.0 - beta2,
-        eps=eps,
-        gamma=gamma,
-        damping_eps=damping_eps,
-        torque_steps=math.inf if torque_steps is None else float(torque_steps),
+        eps=group["eps"],
+        gamma=group["gamma"],
+        damping_eps=group["damping_eps"],
+        torque_steps=math.inf if group["torque_steps"] is None else float(group["torque_steps"]),
         unit=1.0 if literal else moment_unit(beta1, averaged=True),
         neutral=1.0 if literal else NEUTRAL,
     )
 
 
-def sgd_numbers(
-    *,
-    lr: Scalar,
-    momentum: float,
-    weight_decay: float,
-    gamma: float,
-    damping_eps: float,
-    torque_steps: int | None,
-    literal: bool,
-) -> Numbers:
+def sgd_numbers(group: Mapping[str, Any]) -> Numbers:
     """The numbers of a momentum step, whose decay is coupled; see `adam_numbers`."""
+    literal = group["step_size"] == "paper"
     return Numbers(
-        lr=lr,
+        lr=group["lr"],
         weight_decay=0.0,
-        coupled_decay=weight_decay,
-        beta1=momentum,
+        coupled_decay=group["weight_decay"],
+        beta1=group["momentum"],
         log_beta1=-math.inf,
         beta2=0.0,
         log_beta2=-math.inf,
         second_weight=0.0,
         eps=0.0,
-        gamma=gamma,
-        damping_eps=damping_eps,
-        torque_steps=math.inf if torque_steps is None else float(torque_steps),
-        unit=1.0 if literal else moment_unit(momentum, averaged=False),
+        gamma=group["gamma"],
+        damping_eps=group["damping_eps"],
+        torque_steps=math.inf if group["torque_steps"] is None else float(group["torque_steps"]),
+        unit=1.0 if literal else moment_unit(group["momentum"], averaged=False),
         neutral=1.0 if literal else NEUTRAL,
     )
 
@@ -263,7 +236,10 @@ def scalar_stage(
         shared: Whether the sums are those of one angle for all tensors, see `shared_sums`.
     """
     step, previous, scale = states["step"], states["torque"], states.get("exp_avg_scale")
-    angle = cosine(*(sums if shared or scale is None else _of_a_moment(sums, scale)))
+    dot, momentum_sq, grad_sq = sums
+    if scale is not None and not shared:  # a moment whose scale is 0 is no moment, whatever is stored
+        dot = torch.where(scale > 0.0, dot, 0.0)
+    angle = cosine(dot, momentum_sq, grad_sq)
     turned = torque(previous, angle, gamma=numbers.gamma)
     applied = damping(turned)
     factor = numbers.damping_eps + applied
@@ -302,12 +278,6 @@ def shared_sums(sums: Sequence[Tensor], scale: Tensor | None, numbers: Numbers) 
     dot, momentum_sq, grad_sq = sums
     factor = (torch.ones_like(dot) if scale is None else scale) / numbers.unit
     return torch.stack([dot * factor, momentum_sq * factor.square(), grad_sq]).sum(1)
-
-
-def _of_a_moment(sums: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
-    """A moment whose scale is 0 is no moment, whatever is stored: it has no angle."""
-    dot, momentum_sq, grad_sq = sums
-    return torch.where(scale > 0.0, dot, 0.0), momentum_sq, grad_sq
 
 
 def _one_minus_power(log_beta: Scalar, step: Tensor) -> Tensor:

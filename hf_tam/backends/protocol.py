@@ -27,8 +27,32 @@ class Report(NamedTuple):
     keep: Tensor | None
 
 
+class WholeStep(Protocol):
+    """Takes the whole step where no tensor waits for another: sums, angles and update, tensor by tensor."""
+
+    def __call__(self, tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
+        """Take it.
+
+        That is with scope "tensor", nothing sharded, no clipping, and `nonfinite` "skip" or "propagate". Then a tensor
+        is updated while the cache still holds what its sums have read.
+
+        Args:
+            tensors: n tensors.
+            scalars: Their scalar states as they lie in the optimizer's state, fp32, one row a state; written to.
+            skip_nonfinite: Whether a tensor with a NaN or Inf gradient is left out (`nonfinite="skip"`).
+            skipped: 0-d int64; the number of tensors left out is added to it.
+
+        Returns:
+            What was seen, or None, with nothing done, where the backend cannot take the step of all these tensors.
+        """
+
+
 class Backend(Protocol):
     """What a step needs of a backend."""
+
+    @property
+    def whole_step(self) -> WholeStep | None:
+        """None where every step is taken in parts."""
 
     def partial_sums(self, tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
         """The rows <m, g>, |m|^2, |g|^2 and raw |g|^2 of each tensor.
@@ -57,23 +81,4 @@ class Backend(Protocol):
             clip: The factor on every gradient: a float on the host, a 0-d tensor elsewhere; None where there is none.
                 The gradients may be left scaled by it.
             on_host: Whether numbers may be read, on the CPU.
-        """
-
-    def whole_step(
-        self, tensors: Tensors, scalars: Tensor, *, adaptive: bool, skip_nonfinite: bool, skipped: Tensor
-    ) -> Report | None:
-        """Take the whole step where no tensor waits for another: sums, angles and update, tensor by tensor.
-
-        That is with scope "tensor", nothing sharded, no clipping, and `nonfinite` "skip" or "propagate". Then a tensor
-        is updated while the cache still holds what its sums have read.
-
-        Args:
-            tensors: n tensors.
-            scalars: Their scalar states as they lie in the optimizer's state, fp32, one row a state; written to.
-            adaptive: Whether the step is Adam's or SGD's.
-            skip_nonfinite: Whether a tensor with a NaN or Inf gradient is left out (`nonfinite="skip"`).
-            skipped: 0-d int64; the number of tensors left out is added to it.
-
-        Returns:
-            What was seen, or None, with nothing done, where the backend cannot take the step of all these tensors.
         """

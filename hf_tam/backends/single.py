@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from hf_tam import update as formulas
-from hf_tam.backends.protocol import Report
+from hf_tam.backends.protocol import WholeStep
 from hf_tam.backends.tensors import Tensors
 from hf_tam.update import Coefficients, Scalar
 
 __all__ = ["columns_of", "gradient", "partial_sums", "update", "update_tensor", "whole_step"]
+
+whole_step: WholeStep | None = None
+"""Every step is taken in parts."""
 
 
 def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
@@ -26,8 +29,9 @@ def _sums(tensors: Tensors, at: int, with_dot: bool) -> Tensor:
     if not with_dot:
         raw_sq = raw.to(dtype).square().sum()
         return torch.stack([torch.zeros_like(raw_sq)] * 2 + [raw_sq, raw_sq])
-    sums = formulas.partial_sums(tensors.firsts[at], tensors.grad(at))
-    raw_sq = sums[2] if tensors.has_raw_grad(at) else raw.to(dtype).square().sum()
+    grad = tensors.grad(at)
+    sums = formulas.partial_sums(tensors.firsts[at], grad)
+    raw_sq = sums[2] if grad is raw else raw.to(dtype).square().sum()
     return torch.cat([sums, raw_sq.reshape(1)])
 
 
@@ -66,10 +70,3 @@ def gradient(tensors: Tensors, at: int, *, keep: Tensor | None, clip: Scalar | N
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         grad = grad * (clip.to(grad.dtype) if isinstance(clip, Tensor) else clip)
     return grad if keep is None else torch.where(keep[at], grad, 0.0)
-
-
-def whole_step(
-    tensors: Tensors, scalars: Tensor, *, adaptive: bool, skip_nonfinite: bool, skipped: Tensor
-) -> Report | None:
-    """None: every step is taken in parts."""
-    return None

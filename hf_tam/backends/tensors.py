@@ -41,16 +41,16 @@ class Tensors:
         captured: What CUDA graphs go on reading; lives as long as the optimizer.
     """
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    firsts: list[Tensor]
-    seconds: list[Tensor]
-    numbers: Sequence[Numbers]
-    groups: Sequence[int]
-    maximize: bool
-    memory: Memory
-    fits: list[bool] | None
-    captured: list[Any]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    firsts: list[Tensor] = field(default_factory=list)
+    seconds: list[Tensor] = field(default_factory=list)
+    numbers: list[Numbers] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    maximize: bool = False
+    memory: Memory = field(init=False)
+    fits: list[bool] | None = None
+    captured: list[Any] = field(default_factory=list)
 
     def __len__(self) -> int:
         """How many."""
@@ -66,23 +66,28 @@ class Tensors:
 
     def grad(self, at: int) -> Tensor:
         """The gradient that the angle and the moments see: sign turned, coupled decay added. A temporary if so."""
-        raw = self.grads[at]
-        if self.has_raw_grad(at):
+        raw, decay = self.grads[at], float(self.numbers[self.groups[at]].coupled_decay)
+        if decay == 0.0 and not self.maximize:
             return raw
-        grad, decay = raw.neg() if self.maximize else raw, self.coupled_decay(at)
+        grad = raw.neg() if self.maximize else raw
         return grad.add(self.params[at], alpha=decay) if decay else grad
 
     def only(self, places: Sequence[int]) -> Tensors:
         """Some of them."""
-        params, grads, firsts, seconds = (
-            [held[at] for at in places] if held else []
-            for held in (self.params, self.grads, self.firsts, self.seconds)
-        )
-        groups = [self.groups[at] for at in places]
-        memory, fits = look(params, grads, firsts, seconds, known=None, name=str)
-        return Tensors(
-            params, grads, firsts, seconds, self.numbers, groups, self.maximize, memory, fits, self.captured
-        )
+        held = (self.params, self.grads, self.firsts, self.seconds)
+        params, grads, firsts, seconds = ([column[at] for at in places] if column else [] for column in held)
+        chosen = Tensors(
+            params, grads, firsts, seconds, self.numbers, [self.groups[at] for at in places], self.maximize,
+            captured=self.captured,
+        )  # fmt: skip
+        chosen.memory, chosen.fits = look(params, grads, firsts, seconds, known=None, name=str)
+        return chosen
+
+    def as_real(self) -> None:
+        """Let complex tensors appear as their real view; a gradient that is conjugated when it is read is a copy."""
+        self.grads = [grad.resolve_conj() for grad in self.grads]
+        for held in (self.params, self.grads, self.firsts, self.seconds):
+            held[:] = [torch.view_as_real(each) if each.is_complex() else each for each in held]
 
     def walkable(self, dtypes: Container[torch.dtype]) -> Sequence[int] | None:
         """The places of what a kernel for `dtypes` can walk, gradient included; None where that is all."""
@@ -205,7 +210,9 @@ def look(
     """
     is_known = known is not None and known.signature.is_that_of(params, firsts, seconds)
     signature = known.signature if known is not None and is_known else _Signature.of(params, firsts, seconds)
-    _require_memory(grads, _addresses(grads), "gradient", name)
+    addresses = _addresses(grads)
+    if 0 in addresses:
+        _require_memory(grads, addresses, "gradient", name)
     fit_all = signature.params.is_that_of(grads)
     moments = [held for held in (signature.firsts, signature.seconds) if held is not None]
     if not is_known or not fit_all or any(held.dtypes != signature.params.dtypes for held in moments):

@@ -2,28 +2,47 @@
 
 Param groups that differ in numbers only make one batch: layer-wise learning rates cost no more than one group. No
 tensor is remembered from step to step; see `hf_tam.backends.tensors`.
+
+The scalar states (`step`, `torque`, ...) of a batch are packed into one matrix, of which `optimizer.state` holds
+views, so that a step reads and writes the numbers of all tensors with one operation each, on the host and on an
+accelerator alike, and whoever looks at the state sees ordinary 0-d tensors. What counts is what stands in
+`optimizer.state`. Others move states (`.data`), replace or convert them, or share them with other processes; so the
+matrix is not kept, but made in each step of the memory that the states lie in, if they still lie there side by side,
+and of their values if they do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import math
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter, itemgetter
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_tam.backends import Tensors, select_backend
+from hf_tam.backends import Backend, Tensors, select_backend
 from hf_tam.backends.tensors import Memory, look
 from hf_tam.family import Family
 from hf_tam.sharding import LocalReducer, Reducer, Span
 from hf_tam.step import buffers
 from hf_tam.step.batch import Batch, Options
-from hf_tam.step.scalars import pack
 from hf_tam.update import Numbers
 
-_LAYOUT, _DEVICE, _DTYPE = attrgetter("layout"), attrgetter("device"), attrgetter("dtype")
+_GRAD, _LAYOUT, _DEVICE, _DTYPE = map(attrgetter, ("grad", "layout", "device", "dtype"))
+_BYTES = 4  # of a scalar state
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a batch for the next step: numbers, and no tensor."""
+
+    backend: Backend
+    memory: Memory
+    addresses: list[int] | None
 
 
 class Gatherer:
@@ -35,8 +54,8 @@ class Gatherer:
         Args:
             family: Whose step it is.
         """
-        self._family = family
-        self._known: dict[Options, tuple[Memory, list[int] | None]] = {}
+        self._family, self._keys = family, (*family.moments, *family.scalar_states)
+        self._known: dict[Options, _Known] = {}
         self._captured: list[Any] = []
 
     def batches(
@@ -59,22 +78,18 @@ class Gatherer:
             RuntimeError: A gradient is sparse, or a parameter is on the meta device.
             ValueError: A state or a gradient does not belong to its parameter, see `look`.
         """
-        found: dict[Options, _Gathered] = {}
+        found: dict[Options, tuple[Batch, list[list[Any]]]] = {}
         index = 0
         for group in param_groups:
             self._gather(found, group, states, reducer, first_index=index, name=name)
             index += len(group["params"])
-        known, batches = {}, []
-        for options, gathered in found.items():
-            before = self._known.get(options, (None, None))
-            batch, known[options] = self._batch(options, gathered, *before, name=name)
-            batches.append(batch)
+        known = {options: self._finish(batch, columns, name) for options, (batch, columns) in found.items()}
         self._known = known
-        return batches
+        return [batch for batch, _ in found.values()]
 
     def _gather(
         self,
-        found: dict[Options, _Gathered],
+        found: dict[Options, tuple[Batch, list[list[Any]]]],
         group: dict[str, Any],
         states: MutableMapping[Tensor, dict[str, Any]],
         reducer: Reducer,
@@ -82,63 +97,110 @@ class Gatherer:
         first_index: int,
         name: Callable[[int], str],
     ) -> None:
-        """Add the tensors of a param group to those that are `found`."""
-        gradient = reducer.gradient
-        grads = [None if param is None else gradient(param) for param in group["params"]]
-        present = [grad for grad in grads if grad is not None]
-        if not present:
-            return
-        owners, places = list(group["params"]), list(range(len(grads)))
-        if len(present) < len(grads):
-            places = [place for place, grad in enumerate(grads) if grad is not None]
-            owners = [owners[place] for place in places]
-        if set(map(_LAYOUT, present)) != {torch.strided}:
+        """Add the tensors of a param group to the batches that are `found`, and their scalar states to the columns."""
+        gradient = _GRAD if isinstance(reducer, LocalReducer) else reducer.gradient
+        grads: list[Any] = [None if param is None else gradient(param) for param in group["params"]]
+        places = [place for place, grad in enumerate(grads) if grad is not None]
+        owners = [group["params"][place] for place in places]
+        if places and {*map(_LAYOUT, map(grads.__getitem__, places))} != {torch.strided}:
             raise RuntimeError(
                 f"{self._family.name} does not support sparse gradients, please consider SparseAdam instead"
             )
-        for device, held in _by_device(_Held(owners, present, places)):
-            first = held.owners[0]
+        for device in dict.fromkeys(map(_DEVICE, owners)):  # usually one
+            here = [at for at, owner in enumerate(owners) if owner.device == device]
+            first = owners[here[0]]
             if device.type == "meta":
-                _refuse_meta(name(first_index + held.places[0]), first)
-            options = _options(group, device, first)
+                _refuse_meta(name(first_index + places[here[0]]), first)
+            is_fake = type(first) not in (nn.Parameter, Tensor) and _is_fake(first)
+            options = Options(
+                device, group["scope"], group["nonfinite"], group["maximize"], group["foreach"], group["fused"],
+                on_host=device.type == "cpu" and not group["capturable"] and not is_fake, is_fake=is_fake,
+            )  # fmt: skip
             if options not in found:
-                found[options] = _Gathered(self._family, on_host=options.on_host)
-            found[options].add(held, group, states, reducer, first_index=first_index)
+                tensors = Tensors(maximize=group["maximize"], captured=self._captured)
+                found[options] = Batch(options, tensors), [[] for _ in self._family.scalar_states]
+            self._add(
+                *found[options], [owners[at] for at in here], [grads[places[at]] for at in here],
+                [first_index + places[at] for at in here], group, states, reducer,
+            )  # fmt: skip
 
-    def _batch(
+    def _add(
         self,
-        options: Options,
-        gathered: _Gathered,
-        memory: Memory | None,
-        addresses: list[int] | None,
-        *,
-        name: Callable[[int], str],
-    ) -> tuple[Batch, tuple[Memory, list[int] | None]]:
-        """The batch, and what is to be remembered of it; `memory` and `addresses` are what was the last time."""
-        lists = [gathered.params, gathered.grads, *gathered.moments]
-        if any(dtype.is_complex for dtype in {*map(_DTYPE, gathered.params), *map(_DTYPE, gathered.grads)}):
-            lists = [_real(tensors) for tensors in (gathered.params, _resolved(gathered.grads), *gathered.moments)]
-        params, grads, firsts, seconds = lists if len(lists) == 4 else [*lists, []]
-        indices, keys = gathered.indices, self._family.scalar_states
-        memory, fits = look(
-            params, grads, firsts, seconds, known=memory, name=lambda at: name(indices[at])
+        batch: Batch,
+        columns: list[list[Any]],
+        owners: list[Tensor],
+        grads: list[Tensor],
+        indices: list[int],
+        group: dict[str, Any],
+        states: MutableMapping[Tensor, dict[str, Any]],
+        reducer: Reducer,
+    ) -> None:
+        """Add to a batch what stands in one param group, at the positions `indices`; creates the states."""
+        mine, tensors, family = list(map(states.__getitem__, owners)), batch.tensors, self._family
+        spans = None if isinstance(reducer, LocalReducer) else _spans(reducer, family, owners, mine, group)
+        shapes = [()] * len(owners) if spans is None else [() if each is None else (len(each),) for each in spans]
+        stored = _columns(mine, self._keys)
+        if stored is None:
+            for state, owner, shape in zip(mine, owners, shapes, strict=True):
+                family.complete(state, owner, group, shape=shape)
+            stored = [list(map(itemgetter(key), mine)) for key in self._keys]
+        lists = [owners, grads, *stored[: len(family.moments)]]
+        if spans is not None:
+            lists, indices, present = _local(reducer, lists, spans, indices)
+            batch.present += present
+        numbers = family.numbers(group)
+        if batch.options.on_host and isinstance(numbers.lr, Tensor):
+            numbers = numbers._replace(lr=float(numbers.lr))
+        if not tensors.numbers or not _are_same(numbers, tensors.numbers[-1]):
+            tensors.numbers.append(numbers)
+        tensors.groups += [len(tensors.numbers) - 1] * len(indices)
+        batch.indices += indices
+        batch.owners += mine
+        batch.shapes += shapes
+        held = [tensors.params, tensors.grads, tensors.firsts, tensors.seconds][: len(lists)]
+        for column, new in zip([*held, *columns], [*lists, *stored[len(family.moments) :]], strict=True):
+            column += new
+
+    def _finish(self, batch: Batch, columns: list[list[Any]], name: Callable[[int], str]) -> _Known:
+        """Look where the tensors lie, pack their scalar states, and choose the backend; say what to remember of it."""
+        options, tensors, indices = batch.options, batch.tensors, batch.indices
+        known = self._known.get(options)
+        if any(dtype.is_complex for dtype in {*map(_DTYPE, tensors.params), *map(_DTYPE, tensors.grads)}):
+            tensors.as_real()
+        tensors.memory, tensors.fits = look(
+            tensors.params, tensors.grads, tensors.firsts, tensors.seconds,
+            known=None if known is None else known.memory, name=lambda at: name(indices[at]),
         )  # fmt: skip
-        packed = pack(
-            gathered.states, gathered.scalars, keys=keys, shapes=gathered.shapes, device=options.device,
-            known=addresses,
+        keys = self._family.scalar_states
+        batch.scalars, addresses, batch.apart = pack(
+            batch.owners, columns, keys=keys, shapes=batch.shapes, device=options.device,
+            known=None if known is None else known.addresses,
         )  # fmt: skip
-        tensors = Tensors(
-            params, grads, firsts, seconds, gathered.numbers, gathered.groups, options.maximize, memory, fits,
-            self._captured,
-        )  # fmt: skip
-        backend = select_backend(
-            options.device,
-            foreach=False if options.is_fake else options.foreach,
-            fused=False if options.is_fake else options.fused,
-            on_host=options.on_host,
-        )
-        batch = Batch(options, tensors, indices, gathered.present, backend, packed, keys)
-        return batch, (memory, packed.addresses)
+        if known is not None:
+            batch.backend = known.backend
+        else:
+            batch.backend = select_backend(
+                options.device,
+                foreach=False if options.is_fake else options.foreach,
+                fused=False if options.is_fake else options.fused,
+                on_host=options.on_host,
+            )
+        return _Known(batch.backend, tensors.memory, addresses)
+
+
+def _are_same(left: Numbers, right: Numbers) -> bool:
+    if isinstance(left.lr, Tensor) or isinstance(right.lr, Tensor):
+        return left.lr is right.lr and left[1:] == right[1:]
+    return left == right
+
+
+def _columns(states: list[dict[str, Any]], keys: Sequence[str]) -> list[list[Any]] | None:
+    """What stands under each of `keys`, an entry a state; None where something is missing."""
+    try:
+        columns = [list(map(itemgetter(key), states)) for key in keys]
+    except KeyError:
+        return None
+    return None if any(NoneType in {*map(type, column)} for column in columns) else columns
 
 
 def _refuse_meta(name: str, param: Tensor) -> None:
@@ -148,29 +210,42 @@ def _refuse_meta(name: str, param: Tensor) -> None:
     )
 
 
-def _options(group: Mapping[str, Any], device: torch.device, param: Tensor) -> Options:
-    return Options(
-        device, group["scope"], group["nonfinite"], group["maximize"], group["foreach"], group["fused"],
-        group["capturable"], _is_fake(param),
-    )  # fmt: skip
-
-
 def _is_fake(param: Tensor) -> bool:
-    """Whether the tensor has a shape and no values (FakeTensorMode, by which memory is estimated)."""
-    if type(param) is torch.nn.Parameter or type(param) is Tensor:
-        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(param, FakeTensor)
 
 
-def _resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Gradients that are conjugated when they are read have no real view."""
-    return [grad.resolve_conj() for grad in grads]
+# --- what is sharded ------------------------------------------------------------------------------------------------
 
 
-def _real(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
+def _spans(
+    reducer: Reducer, family: Family, owners: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+) -> list[Sequence[Span] | None]:
+    """The logical tensors in each flat buffer, whose scalar states are made vectors; None for a parameter."""
+    spans = [reducer.spans(owner) for owner in owners]
+    for state, owner, parts in zip(states, owners, spans, strict=True):
+        if parts is not None and state:
+            buffers.load_vectors(state, group, parts, defaults=family.foreign_scalars(group), device=owner.device)
+    return spans
+
+
+def _local(
+    reducer: Reducer, lists: list[list[Tensor]], spans: list[Sequence[Span] | None], indices: list[int]
+) -> tuple[list[list[Tensor]], list[int], list[bool]]:
+    """What this rank holds of parameters, gradients (they are local) and moments; the positions; which are present."""
+    owners, grads, *moments = lists
+    local = [list(map(reducer.local, owners)), grads, *(list(map(reducer.local, column)) for column in moments)]
+    cut: list[list[Tensor]] = [[] for _ in local]
+    positions: list[int] = []
+    present: list[bool] = []
+    for index, parts, owner, *tensors in zip(indices, spans, owners, *local, strict=True):
+        places = [index] if parts is None else [part.position for part in parts]
+        positions += places
+        present += [owner.grad is not None] * len(places)
+        for column, tensor in zip(cut, tensors, strict=True):
+            column += [tensor] if parts is None else [tensor.narrow(0, part.start, part.length) for part in parts]
+    return cut, positions, present
 
 
 def rounds(param_groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -193,138 +268,78 @@ def rounds(param_groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return found
 
 
-class _Held(NamedTuple):
-    """What stands in one param group, on one device, and has a gradient: it, the gradient, its place in the group."""
-
-    owners: list[Tensor]
-    grads: list[Tensor]
-    places: list[int]
+# --- the scalar states ----------------------------------------------------------------------------------------------
 
 
-def _by_device(held: _Held) -> list[tuple[torch.device, _Held]]:
-    devices = list(map(_DEVICE, held.owners))
-    kinds = list(dict.fromkeys(devices))
-    if len(kinds) == 1:
-        return [(kinds[0], held)]
-    found = []
-    for device in kinds:
-        chosen = [at for at, other in enumerate(devices) if other == device]
-        owners, grads = [held.owners[at] for at in chosen], [held.grads[at] for at in chosen]
-        found.append((device, _Held(owners, grads, [held.places[at] for at in chosen])))
-    return found
+def pack(
+    states: Sequence[dict[str, Any]],
+    columns: Sequence[Sequence[Any]],
+    *,
+    keys: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+    known: list[int] | None,
+) -> tuple[Tensor, list[int] | None, Sequence[tuple[Tensor, Tensor]]]:
+    """The scalar states of some parameters (or flat buffers) as rows of one fp32 matrix.
 
+    Args:
+        states: `optimizer.state[owner]` of each owner.
+        columns: For each key what stands there under it, an entry a state.
+        keys: Names of the scalar states, in the order of the rows.
+        shapes: What a scalar state's shape is for each owner: (), or (logical tensors,) for a buffer.
+        device: Where the matrix goes.
+        known: Where the states lay in the last step.
 
-class _Gathered:
-    """The lists of a batch, as they grow; see `Tensors` and `Batch`.
-
-    Attributes:
-        states: `optimizer.state` of each owner.
-        scalars: For each scalar state what stands there.
-        shapes: For each owner the shape of a scalar state.
-        present: For each tensor whether this rank has a gradient of it; nothing where all are whole.
+    Returns:
+        The matrix, shape (len(keys), n), one column a logical tensor: a buffer takes as many as it has. Where the
+        states lie if they lie there side by side, a key after the other; otherwise None. And states that must stay
+        where they are, because other processes read them there, with what of the matrix they are to hold.
     """
-
-    def __init__(self, family: Family, *, on_host: bool) -> None:
-        self.family, self.on_host = family, on_host
-        self.indices: list[int] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.moments: list[list[Tensor]] = [[] for _ in family.moments]
-        self.present: list[bool] = []
-        self.states: list[dict[str, Any]] = []
-        self.scalars: list[list[Any]] = [[] for _ in family.scalar_states]
-        self.shapes: list[tuple[int, ...]] = []
-        self.numbers: list[Numbers] = []
-        self.groups: list[int] = []
-
-    def add(
-        self,
-        held: _Held,
-        group: dict[str, Any],
-        states: MutableMapping[Tensor, dict[str, Any]],
-        reducer: Reducer,
-        *,
-        first_index: int,
-    ) -> None:
-        """Add the tensors of a param group; creates their states."""
-        owners, mine = held.owners, list(map(states.__getitem__, held.owners))
-        indices = [first_index + place for place in held.places]
-        if isinstance(reducer, LocalReducer):
-            moments = self._add_states(mine, owners, group, [()] * len(owners))
-            self._extend(indices, owners, held.grads, moments, group)
-            return
-        spans = [reducer.spans(owner) for owner in owners]
-        for state, owner, parts in zip(mine, owners, spans, strict=True):
-            if parts is not None and state:
-                buffers.load_vectors(
-                    state, group, parts, defaults=self.family.foreign_scalars(group), device=owner.device
-                )
-        moments = self._add_states(mine, owners, group, [() if parts is None else (len(parts),) for parts in spans])
-        lists = [[reducer.local(tensor) for tensor in column] for column in (owners, *moments)]
-        lists.insert(1, held.grads)
-        for index, parts, owner, *tensors in zip(indices, spans, owners, *lists, strict=True):
-            pieces = [[tensor] for tensor in tensors] if parts is None else [_split(each, parts) for each in tensors]
-            positions = [index] if parts is None else [part.position for part in parts]
-            self._extend(positions, pieces[0], pieces[1], pieces[2:], group)
-            self.present += [owner.grad is not None] * len(positions)
-
-    def _add_states(
-        self, mine: list[dict[str, Any]], owners: list[Tensor], group: dict[str, Any], shapes: list[tuple[int, ...]]
-    ) -> list[list[Tensor]]:
-        """Take note of the scalar states, and return the moments."""
-        columns = _columns(mine, self.family.keys)
-        if columns is None:
-            for state, owner, shape in zip(mine, owners, shapes, strict=True):
-                self.family.complete(state, owner, group, shape=shape)
-            columns = _columns(mine, self.family.keys)
-            assert columns is not None
-        self.states += mine
-        self.shapes += shapes
-        count = len(self.moments)
-        for held, column in zip(self.scalars, columns[count:], strict=True):
-            held += column
-        return columns[:count]
-
-    def _extend(
-        self,
-        indices: Sequence[int],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        moments: Sequence[Sequence[Tensor]],
-        group: dict[str, Any],
-    ) -> None:
-        self.indices += indices
-        self.params += params
-        self.grads += grads
-        for held, column in zip(self.moments, moments, strict=True):
-            held += column
-        self.groups += [self._number_of(group)] * len(indices)
-
-    def _number_of(self, group: Mapping[str, Any]) -> int:
-        """The place of the group's hyperparameters in `numbers`."""
-        numbers = self.family.numbers(group)
-        if self.on_host and isinstance(numbers.lr, Tensor):
-            numbers = numbers._replace(lr=float(numbers.lr))
-        if not self.numbers or not _are_same(numbers, self.numbers[-1]):
-            self.numbers.append(numbers)
-        return len(self.numbers) - 1
+    held = list(chain.from_iterable(columns))
+    if known is not None and {*map(type, held)} == {Tensor}:
+        addresses = list(map(Tensor.data_ptr, held))
+        way = addresses[0] - known[0]  # Tensor.share_memory_ of one moves all that share its storage
+        if addresses == known or [address - way for address in addresses] == known:
+            matrix = _matrix_at(held[0], shape=(len(keys), sum(map(math.prod, shapes))), device=device)
+            if matrix is not None:
+                return matrix, addresses, ()
+    return _packed_anew(states, columns, keys=keys, shapes=shapes, device=device)
 
 
-def _are_same(left: Numbers, right: Numbers) -> bool:
-    if isinstance(left.lr, Tensor) or isinstance(right.lr, Tensor):
-        return left.lr is right.lr and left[1:] == right[1:]
-    return left == right
-
-
-def _columns(states: list[dict[str, Any]], keys: Sequence[str]) -> list[list[Any]] | None:
-    """What stands under each of `keys`, an entry a state; None where something is missing."""
-    try:
-        columns = [list(map(itemgetter(key), states)) for key in keys]
-    except KeyError:
+def _matrix_at(first: Tensor, *, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """The matrix that begins with `first`, whose storage holds nothing else; None where that is not so."""
+    storage = first.untyped_storage()
+    if storage.nbytes() != _BYTES * math.prod(shape) or first.storage_offset():
         return None
-    return None if any(NoneType in set(map(type, column)) for column in columns) else columns
+    if first.dtype != torch.float32 or first.device != device:
+        return None
+    return torch.empty(0, dtype=torch.float32, device=device).set_(storage, 0, shape, (shape[1], 1))
 
 
-def _split(buffer: Tensor, parts: Sequence[Span]) -> list[Tensor]:
-    """The logical tensors in a flat buffer."""
-    return [buffer.narrow(0, part.start, part.length) for part in parts]
+def _packed_anew(
+    states: Sequence[dict[str, Any]],
+    columns: Sequence[Sequence[Any]],
+    *,
+    keys: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> tuple[Tensor, list[int] | None, Sequence[tuple[Tensor, Tensor]]]:
+    """Copy the numbers, and put views of the matrix in their place; shared memory stays in place."""
+    rows = [[torch.as_tensor(value, dtype=torch.float32, device=device) for value in column] for column in columns]
+    matrix = torch.stack([torch.cat([value.reshape(-1) for value in row]) for row in rows])
+    apart = []
+    for key, column, row in zip(keys, columns, matrix, strict=True):
+        parts = row.split([math.prod(shape) for shape in shapes])
+        for state, before, shape, part in zip(states, column, shapes, parts, strict=True):
+            if isinstance(before, Tensor) and _is_shared(before):
+                apart.append((before, part))
+            else:
+                state[key] = part.view(shape)
+    if apart or type(matrix) is not Tensor:  # FakeTensor and its like have no address
+        return matrix, None, apart
+    return matrix, [state[key].data_ptr() for key in keys for state in states], ()
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    # On an accelerator torch says so of every tensor.
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.is_shared()  # type: ignore[no-untyped-call]

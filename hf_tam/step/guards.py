@@ -12,9 +12,7 @@ from torch import Tensor
 from hf_tam.step.batch import Batch
 from hf_tam.step.telemetry import Telemetry
 
-__all__ = [
-    "LossScale", "common_limit", "leave_out_nonfinite", "refuse_nonfinite", "require_one_device", "scale",
-]  # fmt: skip
+__all__ = ["Scaling", "common_limit", "leave_out_nonfinite", "refuse_nonfinite", "require_one_device"]
 
 
 def require_one_device(batches: Iterable[Batch]) -> None:
@@ -23,7 +21,7 @@ def require_one_device(batches: Iterable[Batch]) -> None:
     Raises:
         RuntimeError: The tensors of scope "model" lie on several.
     """
-    shared = {batch.device for batch in batches if batch.options.scope == "model"}
+    shared = {batch.options.device for batch in batches if batch.options.scope == "model"}
     if len(shared) > 1:
         names = ", ".join(sorted(map(str, shared)))
         raise RuntimeError(
@@ -49,16 +47,47 @@ def common_limit(groups: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 @dataclass(slots=True)
-class LossScale:
-    """What torch.amp.GradScaler says to an optimizer that steps by itself (`_step_supports_amp_scaling`).
+class Scaling:
+    """What the gradients are multiplied by, and what may call the step off; a step without it has none.
 
     Attributes:
-        found_inf: Not 0 where the step must not be taken, shape () or (1,), or None.
-        grad_scale: What the gradients are to be divided by, shape () or (1,), or None.
+        limit: The norm to which they are clipped, if they are.
+        found_inf: Not 0 where the step must not be taken, shape () or (1,), or None: torch.amp.GradScaler's, which
+            says it to an optimizer that steps by itself (`_step_supports_amp_scaling`).
+        grad_scale: What they are to be divided by, shape () or (1,), or None; GradScaler's.
     """
 
+    limit: float | None
     found_inf: Tensor | None
     grad_scale: Tensor | None
+
+    def refuse_repeats(self, *, is_coupled: bool) -> None:
+        """A parameter that stands in a group more than once is stepped as often, each time by the same gradient.
+
+        Raises:
+            ValueError: That gradient would be clipped or unscaled as often.
+        """
+        if self.limit is None and not (self.grad_scale is not None and is_coupled):
+            return
+        what = "the loss scale of GradScaler" if self.limit is None else "max_grad_norm"
+        raise ValueError(
+            f"a parameter stands in a param group more than once, and is stepped as often; {what} would be applied to "
+            "its gradient as often, too. Nothing was changed; hand each parameter over once (dict.fromkeys(params))"
+        )
+
+    def apply(self, batches: Sequence[Batch]) -> None:
+        """Give every batch the factor on its gradients: 1 / loss scale, then that of clipping."""
+        if self.grad_scale is not None:
+            inverse = self.grad_scale.reshape(()).to(torch.float32).reciprocal()
+            for batch in batches:
+                batch.unscale_grads(inverse)
+        if self.limit is None or not batches:
+            return
+        device = batches[0].options.device
+        squares = torch.stack([_clipped_square(batch).to(device) for batch in batches])
+        factor = (self.limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
+        for batch in batches:
+            batch.clip_grads(factor.to(batch.options.device))
 
     def calls_off(self, batches: Sequence[Batch], *, is_sharded: bool) -> bool:
         """Leave everything out where Inf was found. Nothing is read from an accelerator.
@@ -72,35 +101,20 @@ class LossScale:
         """
         if self.found_inf is None or not batches:
             return False
-        device = batches[0].device
+        device = batches[0].options.device
         is_off = self.found_inf.to(device).reshape(()) != 0
         if is_sharded:
             is_off = is_off | ~torch.stack([batch.finite().all().to(device) for batch in batches]).all()
-        if all(batch.on_host for batch in batches):
+        if all(batch.options.on_host for batch in batches):
             return bool(is_off)
         for batch in batches:
-            batch.call_off(is_off.to(batch.device))
+            batch.call_off(is_off.to(batch.options.device))
         return False
-
-
-def scale(batches: Sequence[Batch], limit: float | None, scaler: LossScale | None) -> None:
-    """Give every batch the factor on its gradients: 1 / loss scale, then that of clipping to `limit`."""
-    if scaler is not None and scaler.grad_scale is not None:
-        inverse = scaler.grad_scale.reshape(()).to(torch.float32).reciprocal()
-        for batch in batches:
-            batch.unscale_grads(inverse)
-    if limit is None or not batches:
-        return
-    device = batches[0].device
-    squares = torch.stack([_clipped_square(batch).to(device) for batch in batches])
-    factor = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
-    for batch in batches:
-        batch.clip_grads(factor.to(batch.device))
 
 
 def _clipped_square(batch: Batch) -> Tensor:
     """What these gradients add to the square of the norm that is clipped, shape (); skipped ones nothing."""
-    squares = batch.raw_grad_sq
+    squares = batch.sums[:, 3]
     skips = batch.options.nonfinite == "skip"
     return (torch.where(batch.finite(), squares, 0.0) if skips else squares).sum()
 
@@ -138,7 +152,7 @@ def leave_out_nonfinite(batches: Sequence[Batch], telemetry: Telemetry) -> None:
 
 
 def _leave_out(batches: Sequence[Batch], keep: Tensor, telemetry: Telemetry) -> None:
-    if all(batch.on_host for batch in batches) and bool(keep.all()):
+    if all(batch.options.on_host for batch in batches) and bool(keep.all()):
         return
     skipped = ~keep
     if batches[0].is_off is not None:  # that is GradScaler's to count

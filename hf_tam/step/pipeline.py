@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from hf_tam.sharding import LocalReducer, Reducer, WholeParameters
 from hf_tam.step import guards
 from hf_tam.step.batch import Batch
 from hf_tam.step.gathering import Gatherer, rounds
-from hf_tam.step.telemetry import Telemetry
+from hf_tam.step.telemetry import Record, Telemetry
 
 ParamGroups = list[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
+Naming = Callable[[int], str]
 
 
 class Pipeline:
@@ -40,10 +40,8 @@ class Pipeline:
         states: States,
         reducer: Reducer,
         *,
-        name: Callable[[int], str],
-        limit: float | None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
+        name: Naming,
+        scaling: guards.Scaling | None = None,
         repeats: bool = False,
     ) -> None:
         """Take one step: sums, angles, coefficients, update. Until the update nothing is changed.
@@ -55,65 +53,66 @@ class Pipeline:
             states: `optimizer.state`; what a tensor lacks is created.
             reducer: Makes the sums whole.
             name: The name of the logical tensor at a position.
-            limit: The norm to which the gradients are clipped, if they are.
-            found_inf: Not 0 where the step must not be taken, shape () or (1,); torch.amp.GradScaler's.
-            grad_scale: What the gradients are to be divided by, shape () or (1,); GradScaler's.
+            scaling: What clips the gradients or undoes a loss scale, if anything does.
             repeats: Whether a parameter stands in a group more than once.
 
         Raises:
             ValueError: One does, and its gradient would be clipped or unscaled as often, before anything is changed.
         """
-        if repeats and (limit is not None or (grad_scale is not None and self._is_coupled(param_groups))):
-            raise ValueError(
-                "a parameter stands in a param group more than once, and is stepped as often; "
-                f"{'max_grad_norm' if limit is not None else 'the loss scale of GradScaler'} would be applied to its "
-                "gradient as often, too. Nothing was changed; hand each parameter over once (dict.fromkeys(params))"
-            )
+        if repeats and scaling is not None:
+            scaling.refuse_repeats(is_coupled=self._is_coupled(param_groups))
         is_new = not any(isinstance(key, Tensor) for key in states)  # hooks put entries of their own there
-        scaler = None if found_inf is None and grad_scale is None else guards.LossScale(found_inf, grad_scale)
-        batches = []
+        batches: list[Batch] = []
         for groups in rounds(param_groups) if repeats else [param_groups]:
-            taken = self._take(groups, states, reducer, limit, scaler, name=name)
+            taken = self._take(groups, states, reducer, scaling, name)
             if taken is None:
                 return
             batches += taken
-        self._telemetry.record(reducer, batches)
+        telemetry = self._telemetry
+        if reducer.sees_all:  # DeepSpeed takes a step in several calls, each with its own reducer
+            telemetry.records.clear()
+        telemetry.records[reducer] = [_record(batch) for batch in batches]
+        if telemetry.promised is not None:
+            telemetry.keep_promise(batches[0].is_off if batches else None)
         if is_new and isinstance(reducer, WholeParameters):
             _forget_initialisation(batches)
-        self._telemetry.warn(batches)
+        if not batches or telemetry.is_idle or any(batch.keep is not None for batch in batches):
+            telemetry.warn(batches)
 
     def _take(
-        self,
-        param_groups: ParamGroups,
-        states: States,
-        reducer: Reducer,
-        limit: float | None,
-        scaler: guards.LossScale | None,
-        *,
-        name: Callable[[int], str],
+        self, groups: ParamGroups, states: States, reducer: Reducer, scaling: guards.Scaling | None, name: Naming
     ) -> list[Batch] | None:
-        """Step every tensor once; None where GradScaler calls the step off."""
-        batches = self._gatherer.batches(param_groups, states, reducer, name=name)
-        guards.require_one_device(batches)
-        left = batches
-        if limit is None and scaler is None and isinstance(reducer, LocalReducer):
+        """Step every tensor once, as the paper does; None where GradScaler calls the step off."""
+        # The tensors that have a gradient, with their states, side by side.
+        batches = left = self._gatherer.batches(groups, states, reducer, name=name)
+        if len(batches) > 1:
+            guards.require_one_device(batches)
+        # Where nothing comes between the sums and the update, a backend may take the whole step by itself.
+        is_local = isinstance(reducer, LocalReducer)
+        if is_local and scaling is None:
             left = self._take_whole_steps(batches)
-        # Not by what this rank has gradients of: all must take as many reductions.
-        if self._is_coupled(param_groups) and (limit is not None or scaler is not None):
-            self._scale_first(left, reducer, param_groups, limit, scaler, name=name)
-        else:
-            self._reduce(left, reducer, param_groups, needs_norms=limit is not None or scaler is not None)
-            guards.scale(left, limit, scaler)
-        if scaler is not None and scaler.calls_off(left, is_sharded=not isinstance(reducer, LocalReducer)):
+        for batch in left:
+            batch.read_scalars(self._family.scalar_states)
+        # <m, g>, |m|^2 and |g|^2 of whole tensors. Ranks agree on how often, whatever this one has gradients of.
+        if scaling is not None and self._is_coupled(groups):
+            self._scale_first(left, reducer, groups, scaling, name)
+        elif left or not is_local:
+            self._reduce(left, reducer, groups, needs_norms=scaling is not None)
+            if scaling is not None:
+                scaling.apply(left)
+        # What must not be stepped. An accelerator is not asked, so that there everything is masked.
+        if scaling is not None and scaling.calls_off(left, is_sharded=not is_local):
             return None
-        guards.refuse_nonfinite(left, name)
-        for together in _by_device(left):
-            guards.leave_out_nonfinite(together, self._telemetry)
-            shared = _shared_sums(together)
-            for batch in together:
-                batch.advance(shared if batch.options.scope == "model" else None)
-        for batch in batches:
-            batch.packed.store()
+        if not all(batch.options.on_host and bool(batch.sums[:, 3].isfinite().all()) for batch in left):
+            guards.refuse_nonfinite(left, name)
+            guards.leave_out_nonfinite(left, self._telemetry)
+        # The four lines of the paper (`update.scalar_stage`), and the update of parameters and moments.
+        models = [batch for batch in left if batch.options.scope == "model"]
+        shared = _shared_sums(models) if models else None
+        for batch in left:
+            batch.advance(shared if batch.options.scope == "model" else None)
+        for state, part in [apart for batch in batches for apart in batch.apart]:
+            state.copy_(part.view(state.shape))
         return batches
 
     def _is_coupled(self, param_groups: ParamGroups) -> bool:
@@ -126,19 +125,18 @@ class Pipeline:
             return batches
         left = []
         for batch in batches:
-            report = None
-            if batch.options.scope == "tensor":
-                report = batch.backend.whole_step(
+            whole_step, report = batch.backend.whole_step, None
+            if batch.options.scope == "tensor" and whole_step is not None:
+                report = whole_step(
                     batch.tensors,
-                    batch.packed.matrix,
-                    adaptive="exp_avg_scale" in batch.keys,
+                    batch.scalars,
                     skip_nonfinite=batch.options.nonfinite == "skip",
-                    skipped=self._telemetry.skipped_on(batch.device),
+                    skipped=self._telemetry.skipped[batch.options.device],
                 )
             if report is None:
                 left.append(batch)
             else:
-                batch.set_report(report)
+                batch.sums, batch.cosine, batch.damping, batch.keep = report
         return left
 
     def _reduce(
@@ -170,7 +168,7 @@ class Pipeline:
         ]
         if isinstance(reducer, LocalReducer):
             for batch, sums in zip(batches, local, strict=True):
-                batch.set_sums(sums, None)
+                batch.sums = sums
             return
         params = (param for group in param_groups for param in group["params"] if param is not None)
         device = next((param.device for param in params), torch.device("cpu"))
@@ -180,27 +178,26 @@ class Pipeline:
             [index for batch in batches for index in batch.indices],
             present=[is_present for batch in batches for is_present in batch.present],
         )
-        sizes = [len(batch) for batch in batches]
+        sizes = [len(batch.indices) for batch in batches]
         marks = [None] * len(batches) if reduced.present is None else torch.split(reduced.present, sizes)
         for batch, sums, mark in zip(batches, torch.split(reduced.sums, sizes), marks, strict=True):
-            batch.set_sums(sums.to(batch.device), None if mark is None else mark.to(batch.device))
+            device = batch.options.device
+            batch.set_sums(sums.to(device), None if mark is None else mark.to(device))
 
     def _scale_first(
         self,
         batches: list[Batch],
         reducer: Reducer,
         param_groups: ParamGroups,
-        limit: float | None,
-        scaler: guards.LossScale | None,
-        *,
-        name: Callable[[int], str],
+        scaling: guards.Scaling,
+        name: Naming,
     ) -> None:
         """Scale the gradients themselves, to which a coupled decay is added, before their sums are taken."""
         self._reduce(batches, reducer, param_groups, needs_norms=True, only_norms=True)
-        guards.scale(batches, limit, scaler)
-        if scaler is None:
+        scaling.apply(batches)
+        if scaling.found_inf is None and scaling.grad_scale is None:
             guards.refuse_nonfinite(batches, name)
-        squares = [batch.raw_grad_sq for batch in batches]
+        squares = [batch.sums[:, 3] for batch in batches]
         for batch in batches:
             batch.scale_grads_now()
         self._reduce(batches, reducer, param_groups, needs_norms=True)
@@ -208,21 +205,22 @@ class Pipeline:
             batch.sums[:, -1] = square
 
 
-def _by_device(batches: Sequence[Batch]) -> Iterable[list[Batch]]:
-    together: defaultdict[torch.device, list[Batch]] = defaultdict(list)
-    for batch in batches:
-        together[batch.device].append(batch)
-    return together.values()
+def _record(batch: Batch) -> Record:
+    """What is kept of a step: no parameter, no gradient, and no learning rate that schedulers write to."""
+    tensors, numbers = batch.tensors, batch.tensors.numbers
+    if not batch.options.on_host:
+        numbers = [row._replace(lr=row.lr.clone()) if isinstance(row.lr, Tensor) else row for row in numbers]
+    squares = batch.sums[:, 3] if batch.measured else None
+    return Record(
+        batch.indices, batch.cosine, batch.damping, batch.factor, batch.keep, squares, numbers, tensors.groups
+    )  # fmt: skip
 
 
-def _shared_sums(batches: Sequence[Batch]) -> Tensor | None:
+def _shared_sums(batches: Sequence[Batch]) -> Tensor:
     """The sums of the one angle of scope "model", shape (3,)."""
-    sums = [
-        update.shared_sums(batch.angle_sums(), batch.scalars.get("exp_avg_scale"), batch.numbers)
-        for batch in batches
-        if batch.options.scope == "model"
-    ]
-    return torch.stack(sums).sum(0) if sums else None
+    return torch.stack(
+        [update.shared_sums(batch.angle_sums(), batch.states.get("exp_avg_scale"), batch.numbers) for batch in batches]
+    ).sum(0)
 
 
 def _forget_initialisation(batches: Sequence[Batch]) -> None:
@@ -237,8 +235,8 @@ def _forget_initialisation(batches: Sequence[Batch]) -> None:
         return
     if any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates):
         return
-    flags = [(batch.raw_grad_sq == 0.0).all() for batch in batches]
+    flags = [(batch.sums[:, 3] == 0.0).all() for batch in batches]
     flags += [rate.reshape(()) == 0.0 for rate in rates if isinstance(rate, Tensor)]
-    idle = torch.stack([flag.to(batches[0].device) for flag in flags]).all()
+    idle = torch.stack([flag.to(batches[0].options.device) for flag in flags]).all()
     for batch in batches:
         batch.scale_state(~idle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,72 +11,106 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.sharding import Reducer
-from hf_tam.step.batch import Batch
+from hf_tam.step.batch import Batch, beside_each_other
+from hf_tam.update import Numbers
 
 _PATIENCE = 2
 """Steps without any gradient before that is said. Some call step() once before they begin, to satisfy a scheduler."""
 
 
-class _Record(NamedTuple):
-    """The last step of one batch: positions in param_groups order, and vectors of their length."""
+class Record(NamedTuple):
+    """The last step of one batch, vectors with an entry a tensor.
+
+    Attributes:
+        indices: The positions of the tensors in param_groups order.
+        cosine: See `Batch`, like the next three.
+        damping: The damping applied.
+        factor: The factor on the gradient, or None where the backend does not say.
+        keep: Where the step was taken, or None where it was everywhere.
+        raw_grad_sq: |g|^2 as the backward pass left it, or None where it was not taken.
+        numbers: The hyperparameters of each param group.
+        groups: The place in `numbers` of each tensor.
+    """
 
     indices: list[int]
     cosine: Tensor
     damping: Tensor
-    effective_lr: Callable[[], Tensor]
-    raw_grad_sq: Tensor
+    factor: Tensor | None
+    keep: Tensor | None
+    raw_grad_sq: Tensor | None
+    numbers: list[Numbers]
+    groups: list[int]
+
+    def effective_lr(self) -> Tensor:
+        """What the learning rate amounts to beside AdamW's or SGD's, shape (n,); NaN where the step was skipped.
+
+        2 lr c_t in the calibrated forms, in which c = 1/2 is neutral; lr c_t in the paper's.
+        """
+        numbers = beside_each_other(self.numbers, self.groups, device=self.damping.device, kept={})
+        factor = self.damping + numbers.damping_eps if self.factor is None else self.factor
+        effective = numbers.lr * (factor / numbers.neutral)
+        return effective if self.keep is None else torch.where(self.keep, effective, torch.nan)
+
+    def squares(self) -> Tensor:
+        """|g|^2, shape (n,); NaN where nothing needed it."""
+        return torch.full_like(self.damping, torch.nan) if self.raw_grad_sq is None else self.raw_grad_sq
+
+
+class _Counts(dict[torch.device, Tensor]):
+    """The count of skipped updates on each device, to be added to: int64, shape ()."""
+
+    def __missing__(self, device: torch.device) -> Tensor:
+        """Begin to count."""
+        return self.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
 
 
 class Telemetry:
-    """Statistics of the last step, and the count of skipped updates."""
+    """Statistics of the last step, and the count of skipped updates.
+
+    Attributes:
+        records: The last step, by the reducer of each call that it was taken in.
+        skipped: How many updates were left out so far. In place: a replayed CUDA graph goes on adding to it.
+        promised: The tensor that is to be filled with the norm of the next step's gradients, see `promise`.
+        is_idle: Whether no step has seen a gradient yet, and nobody was told.
+    """
 
     def __init__(self) -> None:
         """Start with no step taken."""
-        self._records: dict[Reducer, list[_Record]] = {}
-        self._skipped: dict[torch.device, Tensor] = {}
+        self.records: dict[Reducer, list[Record]] = {}
+        self.skipped: dict[torch.device, Tensor] = _Counts()
+        self.promised: Tensor | None = None
+        self.is_idle = True
         self._warned = False
-        self._promised: Tensor | None = None
-        self._steps_without_gradient = 0  # from the first one on; -1 when there was one, or it was said
+        self._steps_without_gradient = 0
 
     def promise(self, device: torch.device) -> Tensor:
         """See `TorqueAware.promise_grad_norm`. Only the tensor that was promised last is filled."""
-        self._promised = torch.full((), torch.nan, dtype=torch.float32, device=device)
-        return self._promised
+        self.promised = torch.full((), torch.nan, dtype=torch.float32, device=device)
+        return self.promised
+
+    def keep_promise(self, is_off: Tensor | None) -> None:
+        """Fill the promised tensor; not where the step was called off, shape ()."""
+        if self.promised is not None:
+            norm = self._grad_norm(self.promised.device)
+            if is_off is not None:
+                norm = torch.where(is_off.to(norm.device), torch.nan, norm)
+            self.promised.copy_(norm)
+            self.promised = None
 
     def forget(self) -> None:
         """Forget the last step."""
-        self._records.clear()
-
-    def record(self, reducer: Reducer, batches: Sequence[Batch]) -> None:
-        """Keep what the batches of one call saw, in the place of the last step.
-
-        DeepSpeed takes a step in several calls, each with its own reducer.
-        """
-        if reducer.sees_all:
-            self._records.clear()
-        self._records[reducer] = []
-        for batch in batches:
-            raw = batch.raw_grad_sq if batch.measured else torch.full_like(batch.raw_grad_sq, torch.nan)
-            rates = batch.effective_learning_rates()
-            self._records[reducer].append(_Record(batch.indices, batch.cosine, batch.damping, rates, raw))
-        if self._promised is not None:
-            norm = self._grad_norm(self._promised.device)
-            for batch in batches[:1]:
-                if batch.is_off is not None:  # such a step is not taken
-                    norm = torch.where(batch.is_off.to(norm.device), torch.nan, norm)
-            self._promised.copy_(norm)
-            self._promised = None
+        self.records.clear()
 
     def warn(self, batches: Sequence[Batch]) -> None:
         """At the end of a step, when nothing is left to be changed: say what the user should know, once."""
         if batches:
-            self._steps_without_gradient = -1
-            if all(batch.on_host for batch in batches):
+            self.is_idle = False
+            if all(batch.options.on_host for batch in batches):
                 self.read_skipped()
-        elif self._steps_without_gradient >= 0:
+        elif self.is_idle:
             self._steps_without_gradient += 1
             if self._steps_without_gradient == _PATIENCE:
-                self._steps_without_gradient = -1
+                self.is_idle = False
                 warnings.warn(
                     f"in {_PATIENCE} steps none of the optimizer's parameters has had a gradient: nothing is trained. "
                     "Were the model's parameters frozen, or replaced after the optimizer was built (fully_shard, "
@@ -89,9 +123,9 @@ class Telemetry:
     def _grad_norm(self, device: torch.device) -> Tensor:
         """The norm over all records of the last step, 0-d; NaN where there is none."""
         total_sq = torch.zeros((), dtype=update.accumulator_dtype(device), device=device)
-        records = [record for records in self._records.values() for record in records]
+        records = [record for records in self.records.values() for record in records]
         for record in records:
-            total_sq = total_sq + record.raw_grad_sq.to(device).sum()
+            total_sq = total_sq + record.squares().to(device).sum()
         return total_sq.sqrt() if records else torch.full_like(total_sq, torch.nan)
 
     def stats(
@@ -106,14 +140,14 @@ class Telemetry:
         """
         nothing = torch.zeros(len(names), dtype=torch.float32, device=device)
         torque = _replaced(nothing, torques)
-        records = [record for records in self._records.values() for record in records]
+        records = [record for records in self.records.values() for record in records]
         cosine = _replaced(nothing, ((record.indices, record.cosine) for record in records))
         damping = _replaced(update.damping(torque), ((record.indices, record.damping) for record in records))
         unknown = torch.full_like(nothing, torch.nan)
         rates = _replaced(unknown, ((record.indices, record.effective_lr()) for record in records))
-        norms = _replaced(unknown, ((record.indices, record.raw_grad_sq.sqrt()) for record in records))
+        norms = _replaced(unknown, ((record.indices, record.squares().sqrt()) for record in records))
         skipped = torch.zeros((), dtype=torch.int64, device=device)
-        for count in self._skipped.values():
+        for count in self.skipped.values():
             skipped = skipped + count.to(device)
         return {
             "names": names,
@@ -128,18 +162,11 @@ class Telemetry:
 
     def count_skipped(self, skipped: Tensor) -> None:
         """Count the True entries of `skipped`."""
-        # In place: a replayed CUDA graph goes on adding to the same memory.
-        self.skipped_on(skipped.device).add_(skipped.sum())
-
-    def skipped_on(self, device: torch.device) -> Tensor:
-        """The count on one device, to be added to: int64, shape ()."""
-        if device not in self._skipped:
-            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        return self._skipped[device]
+        self.skipped[skipped.device].add_(skipped.sum())
 
     def read_skipped(self) -> int:
         """How many updates were skipped so far; warns once. Waits for an accelerator."""
-        total = sum(int(count) for count in self._skipped.values())
+        total = sum(int(count) for count in self.skipped.values())
         if total and not self._warned:
             self._warned = True
             warnings.warn(

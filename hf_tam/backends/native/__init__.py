@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import chain, repeat
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -91,16 +91,14 @@ def _only(coefficients: Coefficients, places: Sequence[int]) -> Coefficients:
     return type(coefficients)(*(column[list(places)] for column in coefficients))
 
 
-def whole_step(
-    tensors: Tensors, scalars: Tensor, *, adaptive: bool, skip_nonfinite: bool, skipped: Tensor
-) -> Report | None:
+def whole_step(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
     """See `Backend.whole_step`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
-    if tensors.walkable(_DTYPES) is not None or any(row.torque_ends for row in tensors.numbers):
+    if tensors.walkable(_DTYPES) is not None or any(row.torque_steps != math.inf for row in tensors.numbers):
         return None
-    numbers = array("d", chain.from_iterable(row.floats() for row in tensors.numbers))
+    numbers = array("d", (float(value) for row in tensors.numbers for value in row))
     reports = torch.empty(len(tensors), _REPORTS, dtype=torch.float64, device="cpu")
     _call(
-        "hf_tam_step", _table(tensors), len(tensors), numbers.buffer_info()[0], int(adaptive), int(skip_nonfinite),
+        "hf_tam_step", _table(tensors), len(tensors), numbers.buffer_info()[0], bool(tensors.seconds), skip_nonfinite,
         scalars.data_ptr(), reports.data_ptr(),
     )  # fmt: skip
     increment_version(tensors.params)

@@ -80,9 +80,7 @@ def update(
     increment_version(tensors.params)
 
 
-def whole_step(
-    tensors: Tensors, scalars: Tensor, *, adaptive: bool, skip_nonfinite: bool, skipped: Tensor
-) -> Report | None:
+def whole_step(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
     """See `Backend.whole_step`. Two launches for each kind of tensors: the sums, then the rest."""
     bound = bind(tensors)
     table, count, device = bound.table, len(tensors), scalars.device
@@ -91,7 +89,7 @@ def whole_step(
     reports = torch.empty(count, REPORTS, dtype=torch.float64, device=device)
     keeps = torch.empty(count, dtype=torch.uint8, device=device) if skip_nonfinite else None
     partials, before = new_partials(table), torch.empty_like(scalars)
-    kernel, lrs = adam_step_kernel if adaptive else sgd_step_kernel, _learning_rates(tensors)
+    kernel, lrs = adam_step_kernel if tensors.seconds else sgd_step_kernel, _learning_rates(tensors)
     with on(device):
         for kind, chunks in table.parts.items():
             sum_chunks(table, kind, chunks, partials, scalars, before)
