@@ -13,7 +13,7 @@ from hf_tam.integrations.autoload import install
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from hf_tam.checkpoint import export_torch_state_dict
-    from hf_tam.integrations.torque_callback import TorqueCallback
+    from hf_tam.integrations.transformers.torque_callback import TorqueCallback
     from hf_tam.optim import TAM, AdaTAM, AdaTAMW
 
 __all__ = ["TAM", "AdaTAM", "AdaTAMW", "TorqueCallback", "__version__", "export_torch_state_dict"]
@@ -22,7 +22,7 @@ _HOMES = {
     "AdaTAMW": "hf_tam.optim",
     "AdaTAM": "hf_tam.optim",
     "TAM": "hf_tam.optim",
-    "TorqueCallback": "hf_tam.integrations.torque_callback",
+    "TorqueCallback": "hf_tam.integrations.transformers.torque_callback",
     "export_torch_state_dict": "hf_tam.checkpoint",
 }
 

@@ -11,19 +11,17 @@ import warnings
 from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_tam.family import Family, Member
 from hf_tam.saved_groups import adapt_group, is_literal, refuse_others
+from hf_tam.sharding import Reducer
 from hf_tam.step import buffers
 from hf_tam.step.buffers import TABLE
 from hf_tam.update import moment_unit
-
-if TYPE_CHECKING:
-    from hf_tam.sharding import Reducer
-    from hf_tam.torque_aware import TorqueAware
 
 
 class Adapted(NamedTuple):
@@ -38,7 +36,7 @@ class Adapted(NamedTuple):
     kept: dict[Hashable, dict[str, Any]]
 
 
-def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
+def adapt(optimizer: Member, state_dict: dict[str, Any]) -> Adapted:
     """A copy of `state_dict` in `optimizer`'s own form, checked against its parameters.
 
     Tensors are shared, not copied. What is neither state nor hyperparameter of ours stays where it is.
@@ -56,7 +54,7 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
     unused: dict[str, str] = {}
     overtaken: str | None = None
     # Under ZeRO a buffer has no name of its own.
-    names = repeat(None) if optimizer._logical.is_partitioned(groups) else iter(optimizer._names())
+    names = repeat(None) if optimizer.logical.is_partitioned(groups) else iter(optimizer.logical.names(groups))
     for group, saved in zip(groups, saved_groups, strict=True):
         refuse_others(optimizer, saved)
         literal = is_literal(optimizer, group, saved)
@@ -89,15 +87,15 @@ def adapt(optimizer: TorqueAware, state_dict: dict[str, Any]) -> Adapted:
     return Adapted({**state_dict, "state": {**source, **states}, "param_groups": saved_groups}, kept)
 
 
-def _has_gone_on(optimizer: TorqueAware, saved: Mapping[str, Any], param: Tensor) -> bool:
+def _has_gone_on(optimizer: Member, saved: Mapping[str, Any], param: Tensor) -> bool:
     """Whether a saved state holds the moments of a parameter as they are now, and is of another step."""
     state = optimizer.state.get(param, {})
-    if not any(state.get(key) is not None and saved.get(key) is state[key] for key in optimizer.moments):
+    if not any(state.get(key) is not None and saved.get(key) is state[key] for key in optimizer.family.moments):
         return False
     return saved.get("step") is not None and float(saved["step"]) != float(state.get("step", 0.0))
 
 
-def adapt_groups(optimizer: TorqueAware, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def adapt_groups(optimizer: Member, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A copy of saved param groups in `optimizer`'s own form, for who loads the states by other ways than `adapt`.
 
     Args:
@@ -126,6 +124,10 @@ def _require_lengths(here: list[int], saved: list[int]) -> None:
     )
 
 
+def _params(optimizer: Member) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 def _describe(name: str | None, key: Hashable, param: Tensor) -> str:
     return f"parameter {name if name is not None else key} (shape {tuple(param.shape)})"
 
@@ -140,13 +142,13 @@ class _StateAdapter:
         from_table: Whether a table in the saved group has the scalar states.
     """
 
-    def __init__(self, optimizer: TorqueAware, group: dict[str, Any], *, literal: bool, from_table: bool) -> None:
-        self._name, self._moments = type(optimizer).__name__, optimizer.moments
+    def __init__(self, optimizer: Member, group: dict[str, Any], *, literal: bool, from_table: bool) -> None:
+        self._name, self._moments = type(optimizer).__name__, optimizer.family.moments
         self._literal, self._from_table = literal, from_table
-        self._flat = optimizer._logical.is_partitioned(optimizer.param_groups)
+        self._flat = optimizer.logical.is_partitioned(optimizer.param_groups)
         self._defaults = optimizer.family.foreign_scalars({**group, "step_size": "paper" if literal else "adamw"})
-        self._adaptive = "exp_avg" in optimizer.moments
-        self.known = {*optimizer.moments, *optimizer.scalar_states}
+        self._adaptive = "exp_avg" in optimizer.family.moments
+        self.known = {*optimizer.family.moments, *optimizer.family.scalar_states}
 
     def adapt(self, state: Mapping[str, Any], param: Tensor, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state for torch.optim.Optimizer.load_state_dict, and what of it that must not cast."""
@@ -242,25 +244,25 @@ class _StateAdapter:
 
 
 @torch.inference_mode(False)  # tensors made in that mode cannot be stepped outside of it
-def restore(optimizer: TorqueAware, adapted: Adapted) -> None:
+def restore(optimizer: Member, adapted: Adapted) -> None:
     """Put back what torch.optim casts while loading: the scalar states, and values of others' that are no tensors.
 
     1,000,001 steps became 999,424 and an fp32 torque a bf16 one in a bf16 model (torch 2.13, optim/optimizer.py).
     """
     keys = chain.from_iterable(group["params"] for group in adapted.state_dict["param_groups"])
-    for key, param in zip(keys, optimizer._params(), strict=True):
+    for key, param in zip(keys, _params(optimizer), strict=True):
         for name, value in adapted.kept.get(key, {}).items():
-            if name in optimizer.scalar_states:
+            if name in optimizer.family.scalar_states:
                 value = value.to(device=param.device, dtype=torch.float32, copy=True)
             optimizer.state[param][name] = value
 
 
-def share_scalars(optimizer: TorqueAware, reducer: Reducer) -> None:
+def share_scalars(optimizer: Member, reducer: Reducer) -> None:
     """After a load, give this rank the scalar states of the tensors that it holds nothing of: those of other ranks.
 
     Communication: that of `Reducer.share`; every rank of a shard group must call it.
     """
-    params, keys = list(optimizer._params()), optimizer.scalar_states
+    params, keys = _params(optimizer), optimizer.family.scalar_states
 
     def numbers() -> Tensor:
         device = params[0].device
@@ -272,40 +274,40 @@ def share_scalars(optimizer: TorqueAware, reducer: Reducer) -> None:
     shared = reducer.share(numbers)
     for param, row in zip(params, [] if shared is None else shared.unbind(), strict=shared is not None):
         if not optimizer.state.get(param) and row.isfinite().all():
-            optimizer._init_state(param, optimizer.state[param], None)
+            optimizer.family.complete(optimizer.state[param], param, optimizer.param_groups[0])
             for key, number in zip(keys, row, strict=True):
                 optimizer.state[param][key].copy_(number)
 
 
-def finish(optimizer: TorqueAware, packed: dict[str, Any]) -> None:
+def finish(optimizer: Member, packed: dict[str, Any]) -> None:
     """A hook of state_dict(), before any of the user's: see `TorqueAware.state_dict`. Changes `packed` in place."""
-    if optimizer._logical.is_partitioned(optimizer.param_groups):
+    if optimizer.logical.is_partitioned(optimizer.param_groups):
         stepped = [
-            (optimizer.state[buffer], indices) for buffer, indices in optimizer._logical.buffers(optimizer.state)
+            (optimizer.state[buffer], indices) for buffer, indices in optimizer.logical.buffers(optimizer.state)
         ]
-        count = len(optimizer._names())
-        buffers.save_table(packed, stepped, count=count, scalar_states=optimizer.scalar_states)
+        count = len(optimizer.logical.names(optimizer.param_groups))
+        buffers.save_table(packed, stepped, count=count, scalar_states=optimizer.family.scalar_states)
     else:
         _complete(optimizer, packed)
 
 
-def _complete(optimizer: TorqueAware, state_dict: dict[str, Any]) -> None:
+def _complete(optimizer: Member, state_dict: dict[str, Any]) -> None:
     """Where there are DTensors, give the parameters that have none a state of zeros, as their first step would.
 
     A parameter that got no gradient yet (an expert without a token) has no state, but whoever loads the checkpoint
     with torch.distributed.checkpoint asks for one, and fails (torch 2.13; torch.optim.AdamW's checkpoints too).
     """
-    params = list(optimizer._params())
+    params = _params(optimizer)
     if not state_dict["state"] or not any(hasattr(param, "placements") for param in params):
         return
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     for key, param in zip(keys, params, strict=True):
         if not state_dict["state"].get(key) and param.requires_grad:
             state_dict["state"][key] = {}
-            optimizer._init_state(param, state_dict["state"][key], None)
+            optimizer.family.complete(state_dict["state"][key], param, optimizer.param_groups[0])
 
 
-def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:
+def export_torch_state_dict(optimizer: Member) -> dict[str, Any]:
     """The state as torch.optim's counterpart loads it: AdamW's of AdaTAMW, Adam's of AdaTAM, SGD's of TAM.
 
     The torque is left behind. Moments are new tensors in the parameter's dtype. Hooks of state_dict() are not run. No
@@ -321,15 +323,15 @@ def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:
         TypeError: `optimizer` is none of ours.
         RuntimeError: DeepSpeed ZeRO keeps the state, in flat buffers that torch.optim has no form of.
     """
-    if not hasattr(optimizer, "scalar_states"):
+    if not isinstance(getattr(optimizer, "family", None), Family):
         raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(optimizer).__name__}")
-    if optimizer._logical.is_partitioned(optimizer.param_groups):
+    if optimizer.logical.is_partitioned(optimizer.param_groups):
         raise RuntimeError(
             "export_torch_state_dict: under DeepSpeed ZeRO the state lies in flat buffers, each with a step and a "
             "scale for every tensor in it, of which torch.optim has no form; go on with hf_tam's optimizer"
         )
     packed = _pack(optimizer)
-    states, known = {}, {*optimizer.moments, *optimizer.scalar_states}
+    states, known = {}, {*optimizer.family.moments, *optimizer.family.scalar_states}
     for group in packed["param_groups"]:
         for key in group["params"]:
             if packed["state"].get(key):
@@ -337,10 +339,10 @@ def export_torch_state_dict(optimizer: TorqueAware) -> dict[str, Any]:
     return {"state": states, "param_groups": [_export_group(group, optimizer) for group in packed["param_groups"]]}
 
 
-def _pack(optimizer: TorqueAware) -> dict[str, Any]:
+def _pack(optimizer: Member) -> dict[str, Any]:
     """What torch.optim.Optimizer.state_dict returns, whatever hooks make of it."""
     keys: dict[Tensor, int] = {}
-    for position, param in enumerate(optimizer._params()):
+    for position, param in enumerate(_params(optimizer)):
         keys.setdefault(param, position)
     groups = [{**group, "params": [keys[param] for param in group["params"]]} for group in optimizer.param_groups]
     packed = {
@@ -367,11 +369,11 @@ def _export_state(state: dict[str, Any], group: dict[str, Any], known: set[str])
     }
 
 
-def _export_group(group: dict[str, Any], optimizer: TorqueAware) -> dict[str, Any]:
+def _export_group(group: dict[str, Any], optimizer: Member) -> dict[str, Any]:
     ours = ("gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite", "max_grad_norm")
     exported = {key: value for key, value in group.items() if key not in ours}
     # torch knows `capturable` on accelerators only; ours works everywhere.
-    exported["capturable"] &= any(param.device.type != "cpu" for param in optimizer._params())
+    exported["capturable"] &= any(param.device.type != "cpu" for param in _params(optimizer))
     if "betas" in exported:
         return {**exported, "amsgrad": False, "differentiable": False}
     del exported["capturable"]

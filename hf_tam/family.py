@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_tam.sharding import LogicalTensors
 from hf_tam.update import Numbers, moment_unit
 
 
@@ -63,3 +65,20 @@ class Family:
         for key in self.moments:
             if state.get(key) is None:
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+class Member(Protocol):
+    """An optimizer of a family, as far as its checkpoints need to know it; see `TorqueAware`."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    defaults: dict[str, Any]
+    logical: LogicalTensors
+
+    @property
+    def family(self) -> Family:
+        """Its states and its numbers."""
+
+    @property
+    def step_sizes(self) -> tuple[str, ...]:
+        """Accepted values of `step_size`."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from hf_tam.family import Member
 from hf_tam.hyperparameters import plain, validate, validate_step_size
 from hf_tam.step.buffers import TABLE
-
-if TYPE_CHECKING:
-    from hf_tam.torque_aware import TorqueAware
 
 _CONSTRUCTORS = ("foreach", "fused", "capturable", "max_grad_norm")
 """How the step is executed, and whether it clips, is the constructor's to say, whatever made a checkpoint."""
@@ -24,7 +22,7 @@ _OTHERS = {"momentum_decay": "NAdam", "centered": "RMSprop", "ns_steps": "Muon"}
 """What the groups of torch's optimizers hold that otherwise look like Adam's or SGD's (torch 2.13)."""
 
 
-def refuse_others(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
+def refuse_others(optimizer: Member, saved: dict[str, Any]) -> None:
     """Accept the groups of this class and of its torch.optim counterpart only, also where there is no state yet.
 
     One that holds parameters alone is nobody's: torch.distributed.checkpoint loses what an empty group holds
@@ -51,22 +49,22 @@ def refuse_others(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
             f"the saved state's param groups hold {sorted(map(str, saved))}: they are another optimizer's than "
             f"{name}'s{f' ({other})' if other else ''}"
         )
-    if adaptive and saved.get("decoupled_weight_decay", not optimizer.coupled) is optimizer.coupled:
-        kind, ours = ("decoupled", "AdamW") if optimizer.coupled else ("coupled", "Adam")
+    if adaptive and saved.get("decoupled_weight_decay", not optimizer.family.coupled) is optimizer.family.coupled:
+        kind, ours = ("decoupled", "AdamW") if optimizer.family.coupled else ("coupled", "Adam")
         raise ValueError(
             f"the saved state has {kind} weight decay, as {ours} does, and {name} has not: "
-            f"load it into hf_tam.{'AdaTAMW' if optimizer.coupled else 'AdaTAM'}"
+            f"load it into hf_tam.{'AdaTAMW' if optimizer.family.coupled else 'AdaTAM'}"
         )
     if "step_size" in saved:
         validate_step_size(saved["step_size"], optimizer.step_sizes)
 
 
-def is_literal(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, Any]) -> bool:
+def is_literal(optimizer: Member, group: dict[str, Any], saved: dict[str, Any]) -> bool:
     """Whether the moments will be the paper's own, and not in the scale of torch.optim's."""
     return bool(saved.get("step_size", group.get("step_size", optimizer.defaults["step_size"])) == "paper")
 
 
-def adapt_group(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, Any]) -> None:
+def adapt_group(optimizer: Member, group: dict[str, Any], saved: dict[str, Any]) -> None:
     """Make a saved group one of `optimizer`'s: fill in what it lacks, keep what is the constructor's.
 
     Hyperparameters become plain numbers, except a learning rate in a tensor. Whatever else stands in the group is
@@ -104,7 +102,7 @@ def adapt_group(optimizer: TorqueAware, group: dict[str, Any], saved: dict[str, 
         )
 
 
-def _check(optimizer: TorqueAware, saved: dict[str, Any]) -> None:
+def _check(optimizer: Member, saved: dict[str, Any]) -> None:
     """As the constructor does; but a schedule may have gone below 0 by rounding, as `lr -= decrement` does."""
     known = {key: saved[key] for key in optimizer.defaults}
     if isinstance(known["lr"], (Real, Tensor)):

@@ -14,8 +14,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_tam import checkpoint
 from hf_tam.family import Family
 from hf_tam.hyperparameters import plain_numbers, validate, validate_step_size
-from hf_tam.logical import LogicalTensors
-from hf_tam.sharding import FSDP1_MARK, Agreement, Reducer, Span, Stepped
+from hf_tam.integrations.torch_private import is_sliced
+from hf_tam.sharding import Agreement, LogicalTensors, Reducer, Stepped
 from hf_tam.step import buffers, guards
 from hf_tam.step.pipeline import Pipeline
 from hf_tam.step.telemetry import Telemetry
@@ -46,8 +46,8 @@ class TorqueAware(Optimizer, ABC):
         super().__init__(params, defaults)
 
     def _reset_runtime(self) -> None:
-        self._logical = LogicalTensors()
-        self._agreement = Agreement()
+        self.logical = LogicalTensors()
+        self.agreement = Agreement()
         self._telemetry = Telemetry()
         self._just_loaded = False
         self._pipeline = Pipeline(self.family, self._telemetry)
@@ -64,7 +64,7 @@ class TorqueAware(Optimizer, ABC):
             validate(merged)
             validate_step_size(merged["step_size"], self.step_sizes)
         super().add_param_group(param_group)
-        self._logical.add_group(self.param_groups[-1])
+        self.logical.add_group(self.param_groups[-1])
 
     def attach(self, module: nn.Module, *, whole: bool = False) -> None:
         """Tell the optimizer which module owns its parameters. Idempotent, no communication.
@@ -86,8 +86,8 @@ class TorqueAware(Optimizer, ABC):
             ValueError: The module owns none of the optimizer's parameters, or is tensor-parallel over plain tensors.
             RuntimeError: A parameter says that it is a part of a tensor, or is in a flat parameter of FSDP1's.
         """
-        self._logical.attach(module, self.param_groups)
-        self._agreement.alone |= whole
+        self.logical.attach(module, self.param_groups)
+        self.agreement.alone |= whole
 
     def torque_stats(self) -> dict[str, Any]:
         """What the last step saw. No communication, and no host synchronisation until somebody reads a number.
@@ -120,16 +120,16 @@ class TorqueAware(Optimizer, ABC):
 
     def _torques(self) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The torque states that there are, each 1-D, with the positions of their logical tensors; the last counts."""
-        if not self._logical.is_partitioned(self.param_groups):
+        if not self.logical.is_partitioned(self.param_groups):
             for index, param in enumerate(self._params()):
                 if param in self.state and "torque" in self.state[param]:
                     yield [index], self.state[param]["torque"].reshape(1)
-                elif self._just_loaded and getattr(param, FSDP1_MARK, False):  # the next step tells this rank
+                elif self._just_loaded and is_sliced(param):  # the next step tells this rank
                     yield [index], torch.full((1,), torch.nan)
             return
         for table in (group[buffers.TABLE]["torque"] for group in self.param_groups if buffers.TABLE in group):
             yield range(len(table)), table.nan_to_num(0.0)
-        for buffer, indices in self._logical.buffers(self.state):
+        for buffer, indices in self.logical.buffers(self.state):
             if self.state[buffer]["torque"].ndim == 1:
                 yield indices, self.state[buffer]["torque"]
 
@@ -170,7 +170,7 @@ class TorqueAware(Optimizer, ABC):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             reducer = self._agree_on_reducer(params)
         else:
-            reducer = self._logical.select(params, groups)
+            reducer = self.logical.select(params, groups)
         if not reducer.sees_all:
             self._refuse_shared_angle()
         if self._just_loaded:
@@ -183,7 +183,7 @@ class TorqueAware(Optimizer, ABC):
             or any(group["max_grad_norm"] is not None for group in groups)
         ):
             scaling = guards.Scaling(self._max_grad_norm(), found_inf, grad_scale)
-        repeats = self._logical.repeats
+        repeats = self.logical.repeats
         self._pipeline.step(groups, self.state, reducer, name=self._describe, scaling=scaling, repeats=repeats)
 
     @property
@@ -197,10 +197,10 @@ class TorqueAware(Optimizer, ABC):
 
     def _agree_on_reducer(self, params: list[Tensor]) -> Reducer:
         """The reducer, where there are other ranks, which must step the same."""
-        with self._agreement.telling(params):
-            reducer = self._logical.select(params, self.param_groups)
+        with self.agreement.telling(params):
+            reducer = self.logical.select(params, self.param_groups)
         loaded, fresh = self._just_loaded, not self.state
-        self._agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh))
+        self.agreement.settle(Stepped(reducer, self.param_groups, self.coupled, loaded, fresh))
         return reducer
 
     def _refuse_shared_angle(self) -> None:
@@ -213,22 +213,18 @@ class TorqueAware(Optimizer, ABC):
 
     def _max_grad_norm(self) -> float | None:
         limit = guards.common_limit(self.param_groups)
-        if limit is not None and self._logical.is_partitioned(self.param_groups):
+        if limit is not None and self.logical.is_partitioned(self.param_groups):
             raise RuntimeError(
                 f"max_grad_norm={limit} cannot be used with DeepSpeed ZeRO, which hands over a part of the gradients "
                 "at a time and clips them itself: pass max_grad_norm=None, and set gradient_clipping in its config"
             )
         return limit
 
-    def _init_state(self, param: Tensor, state: dict[str, Any], spans: Sequence[Span] | None) -> None:
-        shape = () if spans is None else (len(spans),)
-        self.family.complete(state, param, self.param_groups[0], shape=shape)
-
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _names(self) -> list[str | None]:
-        return self._logical.names(self.param_groups)
+        return self.logical.names(self.param_groups)
 
     def _describe(self, position: int) -> str:
         """The name of a logical tensor, or which one it is."""
@@ -304,10 +300,10 @@ class TorqueAware(Optimizer, ABC):
         self.defaults.pop("differentiable", None)  # which torch.optim.Optimizer puts there (torch 2.13)
         for key, value in _ADDED.items():
             self.defaults.setdefault(key, value)
-        if "_logical" not in self.__dict__:
+        if "logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:
-                self._logical.add_group(group)
+                self.logical.add_group(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

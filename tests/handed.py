@@ -8,24 +8,27 @@ from hf_tam.backends.tensors import Tensors, look
 from hf_tam.update import adam_numbers, sgd_numbers
 
 ADAM = {
-    "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "coupled": False, "gamma": 0.9,
-    "damping_eps": 1e-8, "torque_steps": None, "literal": False,
+    "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "gamma": 0.9, "damping_eps": 1e-8,
+    "torque_steps": None, "step_size": "adamw",
 }  # fmt: skip
 SGD = {
     "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "gamma": 0.9, "damping_eps": 1e-8, "torque_steps": None,
-    "literal": False,
+    "step_size": "sgd",
 }  # fmt: skip
 
 
+def numbers_of(*, adaptive=True, coupled=False, **options):
+    """`Numbers` of a param group with these options."""
+    return adam_numbers({**ADAM, **options}, coupled=coupled) if adaptive else sgd_numbers({**SGD, **options})
+
+
 def hand(params, grads, firsts, seconds, *, known=None, numbers=None, groups=None, maximize=False, **options):
-    """`Tensors` of these lists; `options` are those of `adam_numbers`, or of `sgd_numbers` without seconds."""
+    """`Tensors` of these lists; `options` are those of `numbers_of`."""
     if numbers is None:
-        make, defaults = (adam_numbers, ADAM) if seconds else (sgd_numbers, SGD)
-        numbers = [make(**{**defaults, **options})]
-    memory, fits = look(params, grads, firsts, seconds, known=known, name=str)
-    return Tensors(
-        params, grads, firsts, seconds, numbers, groups or [0] * len(params), maximize, memory, fits, []
-    )  # fmt: skip
+        numbers = [numbers_of(adaptive=bool(seconds), **options)]
+    tensors = Tensors(params, grads, firsts, seconds, numbers, groups or [0] * len(params), maximize)
+    tensors.memory, tensors.fits = look(params, grads, firsts, seconds, known=known, name=str)
+    return tensors
 
 
 def handed_again(tensors, **changes):

@@ -105,7 +105,7 @@ def _another(parameters, optimizer):
     parameters.append(torch.nn.Parameter(torch.ones(9)))
     parameters[-1].grad = torch.ones(9)
     optimizer.param_groups[0]["params"].append(parameters[-1])
-    optimizer._logical.add_group({"params": parameters[-1:]})
+    optimizer.logical.add_group({"params": parameters[-1:]})
 
 
 @pytest.mark.parametrize("backend", ["default", "fused", "foreach"])
@@ -154,8 +154,8 @@ def test_what_is_known_of_tensors_is_kept():
     parameters, optimizer = training()
 
     def known():
-        ((memory, addresses),) = optimizer._pipeline._gatherer._known.values()
-        return memory, addresses, memory.kept.get("native")
+        (batch,) = optimizer._pipeline._gatherer._known.values()
+        return batch.memory, batch.addresses, batch.memory.kept.get("native")
 
     before = known()
     give_gradients(parameters, torch.Generator().manual_seed(1))

@@ -175,6 +175,6 @@ def test_parameter_that_moves_to_another_group_is_owned_once():
     optimizer = AdaTAMW([first, second])
     optimizer.param_groups[0]["params"] = [second]
     optimizer.add_param_group({"params": [first], "lr": 0.1})
-    owned = optimizer._logical._owned.in_order({id(first): first, id(second): second})
+    owned = optimizer.logical._owned.in_order({id(first): first, id(second): second})
     assert owned[0] is second
     assert owned[1] is first

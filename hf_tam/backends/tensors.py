@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_tam.integrations.torch_private import has_no_memory, is_written_outside_inference_mode
 from hf_tam.update import Numbers
 
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
@@ -297,7 +298,7 @@ def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, 
     for at, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
         if address or tensor.is_meta or not tensor.numel() or not _is_plain(tensor):
             continue
-        if what != "gradient" or not torch._is_zerotensor(tensor):  # others are to be written to
+        if what != "gradient" or not has_no_memory(tensor):  # others are to be written to
             raise ValueError(
                 f"the {what} of parameter {name(at)} (shape {tuple(tensor.shape)}) has no memory: its storage was "
                 "freed (`untyped_storage().resize_(0)`), or never there. Nothing was changed; give it some"
@@ -305,18 +306,10 @@ def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, 
         tensors[at] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _is_versioned(tensor: Tensor) -> bool:
-    """Whether torch lets it be written to outside of inference mode; one that got its `.data` from there may be."""
-    try:
-        return tensor._version >= 0
-    except RuntimeError:
-        return False
-
-
 def _require_together(
     param: Tensor, grad: Tensor, moments: Sequence[Tensor], at: int, name: Callable[[int], str]
 ) -> None:
-    if param.is_inference() and not _is_versioned(param) and not torch.is_inference_mode_enabled():
+    if param.is_inference() and not is_written_outside_inference_mode(param) and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"Inplace update to inference tensor outside InferenceMode is not allowed: parameter {name(at)} (shape "
             f"{tuple(param.shape)}) was made in torch.inference_mode(); build the model outside of it"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from hf_tam.bench.measuring import Settings
-    from hf_tam.bench.workloads import Workload
+    from hf_tam.lab.bench.measuring import Settings
+    from hf_tam.lab.bench.workloads import Workload
 
 _DTYPES = ("float32", "bfloat16")
-# torch is not imported to print a help text: these are hf_tam.bench's own lists, which a test compares.
+# torch is not imported to print a help text: these are hf_tam.lab.bench's own lists, which a test compares.
 _OPTIMIZERS = (
     "adamw", "adamw-foreach", "adamw-loop", "adatamw", "adatamw-fused", "adatamw-foreach", "adatamw-single", "adatam",
     "sgd", "tam", "pytorch_optimizer.AdaTAM", "bitsandbytes.AdamW8bit",
@@ -75,9 +75,9 @@ def bench(parsed: argparse.Namespace) -> int:
     Returns:
         1 if something failed while it ran, 2 if what was asked for cannot be measured here, else 0.
     """
-    from hf_tam.bench.machine import describe_machine, load_average
-    from hf_tam.bench.printing import describe_run, table
-    from hf_tam.bench.processes import run_workload
+    from hf_tam.lab.bench.machine import describe_machine, load_average
+    from hf_tam.lab.bench.printing import describe_run, table
+    from hf_tam.lab.bench.processes import run_workload
 
     try:
         settings, plan = _plan(parsed)
@@ -124,8 +124,8 @@ def _plan(parsed: argparse.Namespace) -> tuple[Settings, list[tuple[Workload, to
     """
     import torch
 
-    from hf_tam.bench.measuring import Settings
-    from hf_tam.bench.workloads import find_workload
+    from hf_tam.lab.bench.measuring import Settings
+    from hf_tam.lab.bench.workloads import find_workload
 
     for name in ("threads", "processes", "rounds", "processes_fresh"):
         value = getattr(parsed, name)
@@ -166,7 +166,7 @@ def _device(name: str | None, num_processes: int) -> str:
 
 
 def _optimizers(names: list[str] | None, against: str | None) -> tuple[tuple[str, ...], str | None]:
-    from hf_tam.bench.contenders import CONTENDERS, is_installed
+    from hf_tam.lab.bench.contenders import CONTENDERS, is_installed
 
     for name in [*(names or ()), *([against] if against else ())]:
         if name not in CONTENDERS:
@@ -182,8 +182,8 @@ def _optimizers(names: list[str] | None, against: str | None) -> tuple[tuple[str
 def _require_memory(workload: Workload, dtype: torch.dtype, settings: Settings) -> None:
     import torch
 
-    from hf_tam.bench.machine import available_memory
-    from hf_tam.bench.measuring import needed_memory
+    from hf_tam.lab.bench.machine import available_memory
+    from hf_tam.lab.bench.measuring import needed_memory
 
     available = available_memory(torch.device(settings.device))
     needed = needed_memory(workload, dtype, settings)

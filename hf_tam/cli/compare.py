@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_tam.compare.plan import Plan
+    from hf_tam.lab.compare.plan import Plan
 
 _NEEDED = {"yaml": "pyyaml", "scipy": "scipy", "filelock": "filelock"}
 
@@ -50,9 +50,9 @@ def compare(parsed: argparse.Namespace) -> int:
     missing += ["ray[tune]"] if parsed.engine == "ray" and importlib.util.find_spec("ray") is None else []
     if missing:
         return _complain(f'needs {" and ".join(missing)}: pip install "hf-tam[compare]" {" ".join(missing)}', code=2)
-    from hf_tam.compare import choosing, printing, running
-    from hf_tam.compare.journal import ROWS_NAME, Journal
-    from hf_tam.compare.plan import PlanError, load_plan
+    from hf_tam.lab.compare import choosing, printing, running
+    from hf_tam.lab.compare.journal import ROWS_NAME, Journal
+    from hf_tam.lab.compare.plan import PlanError, load_plan
 
     # A batch system ends a job by SIGTERM, a terminal that goes by SIGHUP; the runs must end with it.
     for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -84,18 +84,18 @@ def compare(parsed: argparse.Namespace) -> int:
 
 def _engine(name: str) -> Any:
     if name == "ray":
-        from hf_tam.compare.on_ray import with_ray
+        from hf_tam.lab.compare.on_ray import with_ray
 
         return with_ray
-    from hf_tam.compare.running import locally
+    from hf_tam.lab.compare.running import locally
 
     return locally
 
 
 def _workshop(plan: Plan, folder: Path, parsed: argparse.Namespace) -> Any:
     from hf_tam.cli.recipe_files import find_folder
-    from hf_tam.compare.plan import PlanError
-    from hf_tam.compare.running import Workshop
+    from hf_tam.lab.compare.plan import PlanError
+    from hf_tam.lab.compare.running import Workshop
 
     places = {}
     for word in parsed.place:
@@ -125,7 +125,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Two at once would remove each other's runs."""
     from filelock import FileLock, Timeout
 
-    from hf_tam.compare.plan import PlanError
+    from hf_tam.lab.compare.plan import PlanError
 
     try:
         with FileLock(folder / "lock", timeout=0):
@@ -136,7 +136,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _keep_places(folder: Path, places: dict[str, str]) -> None:
     """Rows do not say where their data lay: the folder does, so that two data sets are not taken for one."""
-    from hf_tam.compare.plan import PlanError
+    from hf_tam.lab.compare.plan import PlanError
 
     path = folder / "places.json"
     now = {name: str(Path(place).resolve()) if Path(place).exists() else place for name, place in places.items()}

@@ -29,8 +29,8 @@ def report(parsed: argparse.Namespace) -> int:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         return _complain(f'needs {" and ".join(missing)}: pip install "hf-tam[report]"', code=2)
-    from hf_tam.report.page import write_report
-    from hf_tam.report.reading import ReportError
+    from hf_tam.lab.report.page import write_report
+    from hf_tam.lab.report.reading import ReportError
 
     try:
         page, *pictures = write_report(parsed.runs, parsed.output, by=parsed.group_by)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from hf_tam.integrations import autoload
+from hf_tam.integrations.switches import KILL_SWITCH
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,7 +32,7 @@ def run(parsed: argparse.Namespace) -> int:
     if not words:
         return _complain("nothing to run; use: hf-tam run -- COMMAND [ARGS ...]", code=2)
     if autoload.is_switched_off():
-        return _complain(f"{autoload.KILL_SWITCH}=0 is set, so nothing would be registered; unset it", code=2)
+        return _complain(f"{KILL_SWITCH}=0 is set, so nothing would be registered; unset it", code=2)
     environment = dict(os.environ)
     autoload.extend_to_children(environment)
     try:

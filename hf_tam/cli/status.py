@@ -13,7 +13,8 @@ from typing import Any
 
 from hf_tam.cli.activate import hook_path
 from hf_tam.integrations import autoload
-from hf_tam.integrations.deepspeed import TESTED_RANGE as DEEPSPEED_RANGE
+from hf_tam.integrations.deepspeed.patches import TESTED_RANGE as DEEPSPEED_RANGE
+from hf_tam.integrations.switches import KILL_SWITCH
 
 # What torchrun and accelerate launch leave behind.
 LAUNCH_VARIABLES = (
@@ -108,8 +109,8 @@ def _print_registration() -> int:
     except ImportError as error:
         print(f"registered: nothing. {error}")
         return 1
-    from hf_tam.integrations import accelerate
-    from hf_tam.integrations import transformers as integration
+    from hf_tam.integrations.accelerate import patches as accelerate
+    from hf_tam.integrations.transformers import patches as integration
 
     names = [f"--optim {name} ({integration.OPTIMIZERS[name]})" for name in integration.registered_names]
     print(f"tested with transformers{integration.TESTED_RANGE}")
@@ -128,7 +129,7 @@ def _version_of(package: str) -> str:
 def _activation() -> str:
     if not hook_path().is_file():
         return "no"
-    switched_off = f", but switched off here by {autoload.KILL_SWITCH}=0" if autoload.is_switched_off() else ""
+    switched_off = f", but switched off here by {KILL_SWITCH}=0" if autoload.is_switched_off() else ""
     return f"yes, by {hook_path()}{switched_off}"
 
 

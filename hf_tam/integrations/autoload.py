@@ -1,6 +1,6 @@
 """Registers the optimizer names with transformers as soon as, and only if, transformers is imported.
 
-Imports nothing but `os` and `sys`: this runs at the start of every Python in an activated environment.
+Imports nothing but `os`, `sys` and two names: this runs at the start of every Python in an activated environment.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import sys
 
+from hf_tam.integrations.switches import ANNOUNCE_VARIABLE, KILL_SWITCH
+
 TYPE_CHECKING = False  # `typing` alone would take longer to import than all of this
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-ANNOUNCE_VARIABLE = "HF_TAM_ANNOUNCE"
-KILL_SWITCH = "HF_TAM_AUTOLOAD"
 SITE_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 # The modules that get patched, each when its own import has finished.
@@ -75,7 +75,9 @@ class PostImportHook:
 
 def _register(module: ModuleType) -> None:
     # Imported here and not above: this runs once the library is there, and may load torch.
-    from hf_tam.integrations import accelerate, deepspeed, transformers
+    from hf_tam.integrations.accelerate import patches as accelerate
+    from hf_tam.integrations.deepspeed import patches as deepspeed
+    from hf_tam.integrations.transformers import patches as transformers
 
     library = module.__name__.partition(".")[0]
     {"accelerate": accelerate, "deepspeed": deepspeed, "transformers": transformers}[library].register(module)

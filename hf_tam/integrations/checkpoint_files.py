@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_tam.integrations import deepspeed_checkpoint
+from hf_tam.integrations.deepspeed import checkpoint as deepspeed_checkpoint
 
 STATE_FILE = "trainer_state.json"
 """The last file that the Trainer writes."""

@@ -1,31 +1,20 @@
 """Where the pieces of a logical tensor are, and how their sums are made whole. Nothing here knows of Adam."""
 
 from hf_tam.sharding.agreement import Agreement
-from hf_tam.sharding.marks import several_processes
-from hf_tam.sharding.reducer import (
-    FSDP1_MARK,
-    LocalReducer,
-    Reduced,
-    Reducer,
-    Span,
-    WholeParameters,
-    is_partitioned,
-    refuse_parts,
-    select_reducer,
-)
+from hf_tam.sharding.groups import Reduced
+from hf_tam.sharding.logical import LogicalTensors
+from hf_tam.sharding.reducer import LocalReducer, Reducer, Span, WholeParameters
+from hf_tam.sharding.select import select_reducer
 from hf_tam.sharding.stepped import Stepped
 
 __all__ = [
-    "FSDP1_MARK",
     "Agreement",
     "LocalReducer",
+    "LogicalTensors",
     "Reduced",
     "Reducer",
     "Span",
     "Stepped",
     "WholeParameters",
-    "is_partitioned",
-    "refuse_parts",
     "select_reducer",
-    "several_processes",
 ]

@@ -20,6 +20,8 @@ from weakref import WeakSet
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_tam.sharding.company import several_processes
+from hf_tam.sharding.groups import ShardGroups
 from hf_tam.sharding.peers import Peers, Standing, find_peers
 from hf_tam.sharding.reducer import Reducer
 from hf_tam.sharding.stepped import Stepped, digest, no_sums
@@ -27,8 +29,6 @@ from hf_tam.sharding.terms import LOADED, Row, Terms, compare, first_moved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from hf_tam.sharding.groups import ShardGroups
 
 __all__ = ["Agreement"]
 
@@ -59,7 +59,7 @@ class Agreement:
     def __init__(self) -> None:
         """Nothing is agreed on yet. Among several processes the store is told that there is one more to come."""
         self.alone = False
-        peers = find_peers() if _in_company() and dist.get_backend() != "fake" else None
+        peers = find_peers() if several_processes() and dist.get_backend() != "fake" else None
         if peers is not None:
             peers.expect_another()
         self._unstepped.add(self)
@@ -82,7 +82,7 @@ class Agreement:
         Raises:
             RuntimeError: The ranks hold different parameters, or would do different things with them.
         """
-        if not _in_company():
+        if not several_processes():
             return
         before, steering, cut = self._before(stepped), stepped.steering(), stepped.reducer.groups
         is_agreed = cut is None or cut.terms is not None
@@ -110,7 +110,7 @@ class Agreement:
         try:
             yield
         except RuntimeError as error:
-            if _in_company() and dist.get_backend() != "fake":
+            if several_processes() and dist.get_backend() != "fake":
                 self._give_up(str(error), no_sums(params))
             raise
 
@@ -231,15 +231,10 @@ class Agreement:
         kind = getattr(module, "ZeroRedundancyOptimizer", None)
         # Nothing leads from an optimizer to who steps it.
         return kind is not None and any(
-            isinstance(found, kind) and getattr(found.optim, "_agreement", None) is self
+            isinstance(found, kind) and getattr(found.optim, "agreement", None) is self
             for found in gc.get_objects()
             if issubclass(type(found), kind)
         )
-
-
-def _in_company() -> bool:
-    """Whether there are other processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _hold_parts(mine: Standing, told: Standing) -> bool:

@@ -9,9 +9,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from hf_tam.ownership import kind_of
-from hf_tam.sharding.groups import ShardGroups
-from hf_tam.sharding.reducer import Reduced, WholeParameters
+from hf_tam.integrations.torch_private import is_strided_shard
+from hf_tam.sharding.groups import Reduced, ShardGroups
+from hf_tam.sharding.ownership import kind_of
+from hf_tam.sharding.reducer import WholeParameters
 
 
 class DTensorReducer(WholeParameters):
@@ -73,8 +74,7 @@ def groups_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Process
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             continue
-        # FSDP2 on top of tensor parallelism gives _StridedShard, which is no Shard and whose is_shard() is False.
-        if not isinstance(placement, Shard) and type(placement).__name__ != "_StridedShard":
+        if not isinstance(placement, Shard) and not is_strided_shard(placement):
             raise RuntimeError(
                 f"hf_tam cannot take the angle of a parameter that is placed as {placement!r} on mesh axis {axis}: "
                 "parameters must be Shard or Replicate on every axis"

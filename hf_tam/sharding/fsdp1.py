@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FullyShardedDataParallel
 
+from hf_tam.integrations.torch_private import flat_parts, is_sliced
 from hf_tam.sharding.dtensor import groups_of
-from hf_tam.sharding.groups import ShardGroups
-from hf_tam.sharding.reducer import FSDP1_MARK, Reduced, WholeParameters
+from hf_tam.sharding.groups import Reduced, ShardGroups
+from hf_tam.sharding.reducer import WholeParameters
 
 
 class Fsdp1Reducer(WholeParameters):
@@ -48,7 +48,7 @@ class Fsdp1Reducer(WholeParameters):
             name, shape = names[position], tuple(param.shape)
             if original is not None:
                 name, shape = name or original.name, original.shape
-            elif getattr(param, FSDP1_MARK, False):
+            elif is_sliced(param):
                 attached = " and ".join(type(module).__name__ for module in modules)
                 raise RuntimeError(
                     f"parameter {name or position} is a slice that FSDP1 made, but no attached module ({attached}) "
@@ -96,16 +96,10 @@ class _Slice(NamedTuple):
 
 def _sliced(module: nn.Module) -> Iterator[_Slice]:
     """Every original parameter below `module` that FSDP1 sliced."""
-    for unit in FullyShardedDataParallel.fsdp_modules(module):
-        handle = unit._handle
-        if handle is None:
-            continue
-        flat = handle.flat_param
-        own = [handle.process_group] if handle.uses_sharded_strategy else []
-        for param, name, shape, below in zip(
-            flat._params or [], flat._fqns, flat._shapes, flat._param_extensions, strict=True
-        ):
-            if below is None:
-                yield _Slice(param, own, name, tuple(shape))
-            else:  # what FSDP1 cut was the local shard of a DTensor, and this is its DTensorSpec
-                yield _Slice(param, [*own, *groups_of(below.mesh, below.placements)], name, tuple(below.shape))
+    for part in flat_parts(module):
+        own = [] if part.group is None else [part.group]
+        if part.below is None:
+            yield _Slice(part.param, own, part.name, part.shape)
+        else:  # what FSDP1 cut was the local shard of a DTensor
+            below = part.below
+            yield _Slice(part.param, [*own, *groups_of(below.mesh, below.placements)], part.name, tuple(below.shape))

@@ -5,17 +5,30 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hf_tam.sharding.reducer import Reduced
+from hf_tam.integrations.torch_private import device_types
 from hf_tam.sharding.terms import Terms, compare
 
 _MOST_RANKS = 2**24
 """More marks than this are never added up; a smaller sum of squares than this many is no gradient of any use."""
+
+
+class Reduced(NamedTuple):
+    """Sums of whole tensors.
+
+    Attributes:
+        sums: Shape (n, columns), one row a tensor.
+        present: Whether any rank has a gradient of the tensor, shape (n,) bool; None where all n have one.
+    """
+
+    sums: Tensor
+    present: Tensor | None = None
 
 
 class ShardGroups:
@@ -170,10 +183,10 @@ def _is_readable(tensor: Tensor) -> bool:
 def _all_reduce(tensor: Tensor, group: ProcessGroup, *, maximum: bool = False) -> Tensor:
     """Sum over the group, on a device that its backend can reach (parameters may be offloaded to the CPU)."""
     operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-    reachable = {device.type for device in group._device_types}
+    reachable = device_types(group)
     if tensor.device.type in reachable:
         dist.all_reduce(tensor, operation, group=group)
         return tensor
-    moved = tensor.to(next(iter(group._device_types)))
+    moved = tensor.to(reachable[0])
     dist.all_reduce(moved, operation, group=group)
     return moved.to(tensor.device)

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from hf_tam.integrations.torch_private import default_group, default_store
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -208,9 +210,9 @@ _peers: WeakKeyDictionary[ProcessGroup, Peers] = WeakKeyDictionary()
 
 def find_peers() -> Peers | None:
     """The other processes of the default process group; None where there is no store (MPI). No communication."""
-    group = dist.distributed_c10d._get_default_group()
+    group = default_group()
     if group not in _peers:
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         if store is None:
             return None
         _peers[group] = Peers(group, store)

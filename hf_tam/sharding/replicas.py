@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_tam.integrations.torch_private import is_flat, is_sliced
+
 _SAMPLED = 16
 """Elements of each tensor that are compared: cut or initialised apart, nearly all of them differ."""
 
@@ -24,8 +26,8 @@ def is_plain(param: Tensor) -> bool:
     return (
         type(param) in (nn.Parameter, Tensor)
         and not param.is_meta
-        and not getattr(param, "_fsdp_flattened", False)
-        and not getattr(param, "_is_flat_param", False)
+        and not is_sliced(param)
+        and not is_flat(param)
         and not hasattr(param, "ds_tensor")
     )
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_tam import update
-from hf_tam.ownership import kind_of
+from hf_tam.sharding.ownership import kind_of
 from hf_tam.sharding.reducer import Reducer, WholeParameters
 from hf_tam.sharding.terms import DECAYS, LOADED, Row, Shared, Terms
 

@@ -1,13 +1,8 @@
 """DeepSpeed ZeRO: a rank's optimizer steps flat fp32 buffers with many logical tensors in each, cut anywhere.
 
-DeepSpeed leaves the way to its partition map on the user's parameters. ZeRO-1, ZeRO-2 and the BF16 optimizer set
-`_hp_mapping`, this rank's fragment or None, and `_dp_group`; ZeRO-3 sets `_z3_optimizer`, and the parameter's own
-`ds_numel` and `partition_numel()`. Seen in deepspeed 0.19; nothing else of it is relied on. The map is believed only
-if the fragments of all ranks together cover every logical tensor once, and hold its values.
-
-References:
-    deepspeed/utils/mixed_precision_linkage.py, deepspeed/utils/tensor_fragment.py, deepspeed/runtime/zero/stage3.py
-    in https://github.com/deepspeedai/DeepSpeed
+DeepSpeed leaves the way to its partition map on the user's parameters, see `hf_tam.integrations.deepspeed.partitions`,
+and on ZeRO-3's parameters `ds_numel` and `partition_numel()`; nothing else of it is relied on. The map is believed
+only if the fragments of all ranks together cover every logical tensor once, and hold its values.
 """
 
 from __future__ import annotations
@@ -20,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hf_tam.sharding.groups import ShardGroups
-from hf_tam.sharding.reducer import Reduced, Span
+from hf_tam.integrations.deepspeed import partitions
+from hf_tam.sharding.groups import Reduced, ShardGroups
+from hf_tam.sharding.reducer import Span
 
 
 class _Fragment(NamedTuple):
@@ -72,7 +68,9 @@ class ZeroReducer:
         group = _data_parallel_group(owned)
         self._spans = {id(buffer): _spans(buffer, owned, group) for buffer in buffers}
         held = {span.position for spans in self._spans.values() for span in spans}
-        self.sees_all = held >= {index for index, param in enumerate(owned) if _is_optimized(param) and _numel(param)}
+        self.sees_all = held >= {
+            index for index, param in enumerate(owned) if partitions.is_optimized(param) and _numel(param)
+        }
         self.groups = ShardGroups(
             [[group] if index in held else [] for index in range(len(owned))],
             names,
@@ -114,14 +112,11 @@ def _require_all(
 
 
 def _data_parallel_group(owned: Sequence[Tensor | None]) -> ProcessGroup:
-    groups: list[ProcessGroup] = []
-    for param in owned:
-        if not _is_optimized(param):
-            continue
-        stage3 = getattr(param, "_z3_optimizer", None)
-        group = getattr(param, "_dp_group", None) if stage3 is None else stage3.dp_process_group
-        group = getattr(param, "ds_process_group", group)
-        groups.append(group or dist.distributed_c10d._get_default_group())
+    groups: list[ProcessGroup] = [
+        partitions.data_parallel_group(param)
+        for param in owned
+        if param is not None and partitions.is_optimized(param)
+    ]
     sizes = {dist.get_world_size(group) for group in groups}
     if sizes != {dist.get_world_size()}:
         raise RuntimeError(
@@ -130,13 +125,6 @@ def _data_parallel_group(owned: Sequence[Tensor | None]) -> ProcessGroup:
             "angle of whole tensors: use plain ZeRO over all ranks, or --optim adamw_torch"
         )
     return groups[0]
-
-
-def _is_optimized(param: Tensor | None) -> bool:
-    """Whether ZeRO updates the parameter: frozen ones keep their place among the logical tensors, and no more."""
-    if param is None:
-        return False
-    return hasattr(param, "_hp_mapping") or (hasattr(param, "_z3_optimizer") and param.requires_grad)
 
 
 def _spans(buffer: Tensor, owned: Sequence[Tensor | None], group: ProcessGroup) -> list[Span]:
@@ -163,13 +151,13 @@ def _spans(buffer: Tensor, owned: Sequence[Tensor | None], group: ProcessGroup) 
 
 
 def _own_fragments(buffer: Tensor, owned: Sequence[Tensor | None], group: ProcessGroup) -> list[_Fragment]:
-    stage3 = next((found for param in owned if (found := getattr(param, "_z3_optimizer", None))), None)
+    stage3 = partitions.stage3_optimizer(owned)
     if stage3 is not None:
         return _stage3_fragments(buffer, owned, stage3.fp16_groups, stage3.fp32_partitioned_groups_flat, group)
     memory = buffer.untyped_storage().data_ptr()
     fragments = []
     for position, param in enumerate(owned):
-        mapping = getattr(param, "_hp_mapping", None)
+        mapping = partitions.fragment(param)
         if param is not None and mapping is not None and mapping.hp_fragment.untyped_storage().data_ptr() == memory:
             place, origin = mapping.hp_fragment_address, mapping.lp_fragment_address
             matches = _holds(buffer, place.start, param.detach().flatten()[origin.start :][: place.numel])

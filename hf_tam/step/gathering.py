@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from hf_tam.backends import Backend, Tensors, select_backend
 from hf_tam.backends.tensors import Memory, look
 from hf_tam.family import Family
+from hf_tam.integrations.torch_private import is_fake as is_fake_tensor
 from hf_tam.sharding import LocalReducer, Reducer, Span
 from hf_tam.step import buffers
 from hf_tam.step.batch import Batch, Options
@@ -111,7 +112,7 @@ class Gatherer:
             first = owners[here[0]]
             if device.type == "meta":
                 _refuse_meta(name(first_index + places[here[0]]), first)
-            is_fake = type(first) not in (nn.Parameter, Tensor) and _is_fake(first)
+            is_fake = type(first) not in (nn.Parameter, Tensor) and is_fake_tensor(first)
             options = Options(
                 device, group["scope"], group["nonfinite"], group["maximize"], group["foreach"], group["fused"],
                 on_host=device.type == "cpu" and not group["capturable"] and not is_fake, is_fake=is_fake,
@@ -208,12 +209,6 @@ def _refuse_meta(name: str, param: Tensor) -> None:
         f"parameter {name} (shape {tuple(param.shape)}) is on the meta device and has no values to update; "
         "materialise the model (module.to_empty, or load its weights) before training"
     )
-
-
-def _is_fake(param: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(param, FakeTensor)
 
 
 # --- what is sharded ------------------------------------------------------------------------------------------------

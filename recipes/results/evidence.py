@@ -14,10 +14,10 @@ from pathlib import Path
 
 from scipy import stats
 
-from hf_tam.compare import printing
-from hf_tam.compare.choosing import Difference, Outcome, Row, outcomes
-from hf_tam.compare.journal import Journal
-from hf_tam.compare.plan import Plan, load_plan
+from hf_tam.lab.compare import printing
+from hf_tam.lab.compare.choosing import Difference, Outcome, Row, outcomes
+from hf_tam.lab.compare.journal import Journal
+from hf_tam.lab.compare.plan import Plan, load_plan
 from recipes.results import summary
 
 PLANS = Path(__file__).parents[1] / "comparisons"

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from hf_tam.bench.statistics import pair_ratio
+from hf_tam.lab.bench.statistics import pair_ratio
 
 FOLDER = Path(__file__).parent
 

@@ -35,8 +35,8 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 import hf_tam
-from hf_tam.bench.machine import describe_machine, load_average
-from hf_tam.bench.statistics import pair_ratio
+from hf_tam.lab.bench.machine import describe_machine, load_average
+from hf_tam.lab.bench.statistics import pair_ratio
 from recipes import sft
 from recipes.support import causal_demo, models, sft_data, sft_model
 from recipes.support.config import parse_recipe_arguments

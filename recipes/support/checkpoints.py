@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint, require_resumable
+from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint, require_resumable
 from recipes.support.errors import RecipeError
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")

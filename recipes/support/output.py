@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import nn
 
 from hf_tam import torque_log
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import list_checkpoints
 from recipes.support.errors import RecipeError

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_tam
-from hf_tam.bench.machine import describe_machine
+from hf_tam.lab.bench.machine import describe_machine
 
 _REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 

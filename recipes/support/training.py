@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from hf_tam import TorqueCallback
-from hf_tam.integrations.transformers import uses_ours
+from hf_tam.integrations.transformers.patches import uses_ours
 from recipes.support import reporting, speed
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from hf_tam import AdaTAMW, cli
-from hf_tam.bench import measuring, processes
-from hf_tam.bench.contenders import CONTENDERS, is_installed, layerwise
-from hf_tam.bench.statistics import pair_ratio
-from hf_tam.bench.workloads import NAMES, find_workload
 from hf_tam.cli import bench as command
+from hf_tam.lab.bench import measuring, processes
+from hf_tam.lab.bench.contenders import CONTENDERS, is_installed, layerwise
+from hf_tam.lab.bench.statistics import pair_ratio
+from hf_tam.lab.bench.workloads import NAMES, find_workload
 
 ROW = {
     "optimizer", "baseline", "seconds", "baseline_seconds", "ratio", "state_bytes", "baseline_state_bytes",
@@ -237,7 +237,7 @@ def test_ratios_are_taken_pair_by_pair():
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, message, monkeypatch, capsys):
-    monkeypatch.setattr("hf_tam.bench.machine.available_memory", lambda device: 1 << 30)
+    monkeypatch.setattr("hf_tam.lab.bench.machine.available_memory", lambda device: 1 << 30)
     assert cli.main([*TINY, *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from hf_tam import cli
-from hf_tam.report.grouping import band, group_runs, heatmaps
-from hf_tam.report.reading import read_runs
+from hf_tam.lab.report.grouping import band, group_runs, heatmaps
+from hf_tam.lab.report.reading import read_runs
 
 pytest.importorskip("matplotlib")
 PNG = b"\x89PNG\r\n\x1a\n"

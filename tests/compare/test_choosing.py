@@ -11,9 +11,9 @@ pytest.importorskip("scipy")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_tam.compare import printing
-from hf_tam.compare.choosing import Estimate, best_rate, extended, outcomes
-from hf_tam.compare.plan import load_plan
+from hf_tam.lab.compare import printing
+from hf_tam.lab.compare.choosing import Estimate, best_rate, extended, outcomes
+from hf_tam.lab.compare.plan import load_plan
 
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2, 3)

@@ -9,7 +9,7 @@ pytest.importorskip("scipy")
 
 import importlib
 
-from hf_tam.compare.plan import PlanError, load_plan
+from hf_tam.lab.compare.plan import PlanError, load_plan
 
 COMPARISONS = sorted(Path(__file__).parents[2].glob("recipes/comparisons/*.yaml"))
 PLAN = {

@@ -16,9 +16,9 @@ import yaml
 pytest.importorskip("scipy")
 
 from hf_tam.cli import main
-from hf_tam.compare import running
-from hf_tam.compare.journal import ROWS_NAME, Journal
-from hf_tam.compare.plan import PlanError, load_plan
+from hf_tam.lab.compare import running
+from hf_tam.lab.compare.journal import ROWS_NAME, Journal
+from hf_tam.lab.compare.plan import PlanError, load_plan
 
 # Stands for a recipe: its accuracy is best at 4e-3 for AdamW, at 2e-3 for ours, and a little higher there.
 RECIPE = """
@@ -245,7 +245,7 @@ def test_what_a_run_that_was_cut_off_has_left_is_removed(bench):
 
 def test_ray_does_the_same(bench):
     pytest.importorskip("ray")
-    from hf_tam.compare.on_ray import with_ray
+    from hf_tam.lab.compare.on_ray import with_ray
 
     rows = bench.run(bench.plan(), with_ray)
     done = sorted((row["label"], row["learning_rate"], row["seed"]) for row in rows)

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import hf_tam
-from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap, refuse_swap_in_config
+from hf_tam.integrations.deepspeed.config import prevent_optimizer_swap, refuse_swap_in_config
 from tests.field.deepspeed_alone import deepspeed_alone
 from tests.integrations.test_trainer import make_trainer
 from tests.sharding import framework_runs as runs
@@ -230,7 +230,7 @@ def test_the_trainer_trains_and_the_rate_moves_as_adamws(tmp_path, name):
     path.write_text(json.dumps(config))
     optimizer, schedule, rates = train(tmp_path, str(path), "adatamw")
     assert type(optimizer) is hf_tam.AdaTAMW
-    assert optimizer._logical.is_partitioned(optimizer.param_groups) == (config["zero_optimization"]["stage"] > 0)
+    assert optimizer.logical.is_partitioned(optimizer.param_groups) == (config["zero_optimization"]["stage"] > 0)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert optimizer.torque_stats()["torque"].abs().max() > 0
     config = with_torchs_adamw(config)
@@ -297,7 +297,7 @@ def test_accelerate_prepares_our_optimizer_where_the_file_has_a_block(name):
     config = copy.deepcopy(FILES[name][0])
     optimizer, rates = accelerator_run(config, lambda model: hf_tam.AdaTAMW(model.parameters(), lr=2e-3))
     assert type(optimizer) is hf_tam.AdaTAMW
-    assert optimizer._logical.is_partitioned(optimizer.param_groups)
+    assert optimizer.logical.is_partitioned(optimizer.param_groups)
     assert None not in optimizer.torque_stats()["names"]
     # accelerate fills in no others
     config["optimizer"]["params"] = {"lr": "auto", "weight_decay": "auto"}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import hf_tam
-from hf_tam.integrations.accelerate_prepare import FollowedParameters
+from hf_tam.integrations.accelerate.prepare import FollowedParameters
 from tests.integrations.test_trainer import training_arguments
 from tests.sharding.framework_runs import WAYS, kind_of, strategy, unwrapped_twice
 

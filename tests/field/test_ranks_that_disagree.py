@@ -228,7 +228,7 @@ def regrouped_on_rank_0(name):
     steps(module, optimizer)
     if rank() == 0:
         optimizer.param_groups[0] = {**optimizer.param_groups[0], "params": [*optimizer.param_groups[0]["params"]]}
-        optimizer._logical._selected.clear()
+        optimizer.logical._selected.clear()
     calls = []
     with comparing.counted(calls, optimizer):
         steps(module, optimizer)

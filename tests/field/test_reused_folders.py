@@ -13,8 +13,8 @@ from torch.distributed import checkpoint as dcp
 from transformers import Trainer
 
 import hf_tam
-from hf_tam.integrations.deepspeed_checkpoint import first_harm
-from hf_tam.integrations.trainer_checkpoint import require_resumable
+from hf_tam.integrations.deepspeed.checkpoint import first_harm
+from hf_tam.integrations.transformers.checkpoint import require_resumable
 from tests.field.deepspeed_alone import deepspeed_alone
 from tests.field.test_deepspeed_universal import start
 from tests.field.test_deepspeed_universal import train as take_steps

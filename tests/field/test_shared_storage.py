@@ -118,4 +118,4 @@ def test_which_tensors_overlap():
     optimizer = hf_tam.AdaTAMW(parameters, lr=0.1, **NEUTRAL)
     steps(optimizer, 1)
     (known,) = optimizer._pipeline._gatherer._known.values()
-    assert known[0].walkable == [False, False, False, True, True]
+    assert known.memory.walkable == [False, False, False, True, True]

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import hf_tam
-from hf_tam.sharding.refusals import refuse_plain_shards
+from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 import hf_tam
-from hf_tam.integrations.accelerate import _attaching
+from hf_tam.integrations.accelerate.patches import _attaching
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import hf_tam
-from hf_tam.integrations import transformers as integration
-from hf_tam.integrations.optim_args import parse_optim_args
+from hf_tam.integrations.transformers import patches as integration
+from hf_tam.integrations.transformers.optim_args import parse_optim_args
 from tests.integrations.test_trainer import assert_same_run, make_trainer, state_tensors, training_arguments, unwrapped
 from tests.integrations.untouched import tiny_llama
 

@@ -8,10 +8,10 @@ import torch
 from transformers import TrainingArguments
 
 import hf_tam
-from hf_tam.integrations.deepspeed import refuse_split_model_scope
-from hf_tam.integrations.deepspeed_checkpoint import first_harm, shards_in
-from hf_tam.integrations.deepspeed_config import refuse_swap_in_config
-from hf_tam.integrations.trainer_checkpoint import require_resumable
+from hf_tam.integrations.deepspeed.checkpoint import first_harm, shards_in
+from hf_tam.integrations.deepspeed.config import refuse_swap_in_config
+from hf_tam.integrations.deepspeed.patches import refuse_split_model_scope
+from hf_tam.integrations.transformers.checkpoint import require_resumable
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_tam.integrations.optim_args import KEYS, format_optim_args, parse_optim_args
+from hf_tam.integrations.transformers.optim_args import KEYS, format_optim_args, parse_optim_args
 
 
 def test_values_have_their_types():

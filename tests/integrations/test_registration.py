@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from hf_tam.integrations import transformers as integration
+from hf_tam.integrations.transformers import patches as integration
 
 
 class Names(str, enum.Enum):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint, require_resumable, write_checksums
+from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint, require_resumable, write_checksums
 from tests.integrations.test_trainer import make_trainer
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint
 from recipes.support.reporting import read_metrics
 from tests.recipes.conftest import recipe_command, recipe_environment
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint
+from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint
 from recipes.support import checkpoints, output
 from recipes.support.errors import RecipeError
 

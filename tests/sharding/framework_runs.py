@@ -77,7 +77,7 @@ def model_of(lora, folder=None, way=None):
 
 def kind_of(optimizer, way):
     if way.stage:
-        return "flat" if optimizer._logical.is_partitioned(optimizer.param_groups) else "Parameter"
+        return "flat" if optimizer.logical.is_partitioned(optimizer.param_groups) else "Parameter"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "DTensor"
@@ -321,7 +321,7 @@ def states(optimizer, model):
     """Parameters, and every state of every buffer, as lists."""
     held = {
         f"{number}.{key}": value.tolist()
-        for number, (buffer, _) in enumerate(optimizer._logical.buffers(optimizer.state))
+        for number, (buffer, _) in enumerate(optimizer.logical.buffers(optimizer.state))
         for key, value in optimizer.state[buffer].items()
     }
     return held | {name: value.tolist() for name, value in whole_parameters(model).items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from hf_tam.integrations.accelerate_checkpoint import last_complete_state
-from hf_tam.integrations.trainer_checkpoint import last_complete_checkpoint, require_resumable
+from hf_tam.integrations.accelerate.checkpoint import last_complete_state
+from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint, require_resumable
 from tests.sharding import checkpoints, trainer_runs
 from tests.sharding import test_accelerator_checkpoints as accelerated
 from tests.sharding.checkpoints import SAVED_AT

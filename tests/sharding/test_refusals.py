@@ -8,8 +8,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 import hf_tam
-from hf_tam.ownership import OwnedParameters
 from hf_tam.sharding import select_reducer
+from hf_tam.sharding.ownership import OwnedParameters
 from hf_tam.sharding.zero import _Fragment, _require_cover, _require_values
 
 OPTIMIZERS = [hf_tam.AdaTAMW, hf_tam.AdaTAM, hf_tam.TAM]

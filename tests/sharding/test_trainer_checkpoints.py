@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-from hf_tam.integrations.trainer_checkpoint import refuse_other_optimizer
+from hf_tam.integrations.transformers.checkpoint import refuse_other_optimizer
 from tests.sharding import trainer_runs
 from tests.sharding.trainer_runs import FULL, RANKS, SHARDED, STOPPED_AT, checkpoint
 

@@ -57,7 +57,7 @@ def everything(trained, *, whole=False):
             for key in optimizer.moments
         }
     scalars = {key: torch.full((len(optimizer._names()),), torch.nan) for key in optimizer.scalar_states}
-    for buffer, positions in optimizer._logical.buffers(optimizer.state):
+    for buffer, positions in optimizer.logical.buffers(optimizer.state):
         for key in optimizer.scalar_states:
             scalars[key][positions] = optimizer.state[buffer][key]
     return {key: value.clone() for key, value in {**trained.whole_parameters(), **moments, **scalars}.items()}

@@ -5,7 +5,7 @@ import os
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 
-from hf_tam.integrations.accelerate_checkpoint import exactly_loading
+from hf_tam.integrations.accelerate.checkpoint import exactly_loading
 from tests.integrations.test_trainer import make_trainer
 from tests.integrations.untouched import tiny_llama
 from tests.sharding import checkpoints

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_tam.integrations.optim_args import KEYS
+from hf_tam.integrations.transformers.optim_args import KEYS
 from hf_tam.integrations.wrapped import find_ours, innermost
 from hf_tam.torque_log import FILE_NAME, TorqueFile, read_torque
 

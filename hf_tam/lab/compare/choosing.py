@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy import stats
 
-from hf_tam.compare.plan import Plan
+from hf_tam.lab.compare.plan import Plan
 
 __all__ = ["Difference", "Estimate", "Outcome", "best_rate", "common_rates", "extended", "outcomes"]
 

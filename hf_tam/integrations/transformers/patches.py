@@ -17,24 +17,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hf_tam.integrations.accelerate import refuse_flat_settings, refuse_strategy
-from hf_tam.integrations.accelerate_checkpoint import exactly_loading
-from hf_tam.integrations.asked_for import refuse_to_be_left_aside, warn_of_another_optimizer
-from hf_tam.integrations.autoload import ANNOUNCE_VARIABLE
+from hf_tam.integrations.accelerate.checkpoint import exactly_loading
+from hf_tam.integrations.accelerate.patches import refuse_flat_settings, refuse_strategy
 from hf_tam.integrations.checkpoint_files import Strategy, invalidate
-from hf_tam.integrations.clipping import max_grad_norm, prepare_clipping, take_over_clipping
-from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap
-from hf_tam.integrations.optim_args import format_optim_args, parse_optim_args
+from hf_tam.integrations.deepspeed.config import prevent_optimizer_swap
 from hf_tam.integrations.peft import find_wrapped_adapters
-from hf_tam.integrations.trainer_checkpoint import (
+from hf_tam.integrations.switches import ANNOUNCE_VARIABLE
+from hf_tam.integrations.transformers.asked_for import refuse_to_be_left_aside, warn_of_another_optimizer
+from hf_tam.integrations.transformers.checkpoint import (
     CHECKSUM_FILE,
     refuse_other_optimizer,
     refuse_our_state,
     require_resumable,
     write_checksums,
 )
+from hf_tam.integrations.transformers.clipping import max_grad_norm, prepare_clipping, take_over_clipping
+from hf_tam.integrations.transformers.optim_args import format_optim_args, parse_optim_args
+from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
 from hf_tam.integrations.wrapped import find_ours
-from hf_tam.sharding.refusals import refuse_plain_shards
 
 OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
@@ -220,7 +220,7 @@ def _attach(trainer: Any, model: Any = None) -> None:
 
 def _prepare(trainer: Any) -> None:
     """Do what the keys of `optim_args` say that are for the Trainer."""
-    from hf_tam.integrations.torque_callback import arrange_callbacks
+    from hf_tam.integrations.transformers.torque_callback import arrange_callbacks
 
     args = trainer.args
     given = parse_optim_args(args.optim, args.optim_args) if args.optim in registered_names else {}

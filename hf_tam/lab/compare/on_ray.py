@@ -9,9 +9,9 @@ from typing import Any
 import ray
 from ray import tune
 
-from hf_tam.compare.choosing import Row
-from hf_tam.compare.plan import Spec
-from hf_tam.compare.running import RunError, Workshop
+from hf_tam.lab.compare.choosing import Row
+from hf_tam.lab.compare.plan import Spec
+from hf_tam.lab.compare.running import RunError, Workshop
 
 __all__ = ["with_ray"]
 

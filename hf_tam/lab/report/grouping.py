@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from hf_tam.report.reading import SEEDS, ReportError, Run
+from hf_tam.lab.report.reading import SEEDS, ReportError, Run
 
 
 @dataclass

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_tam.ownership import OwnedParameters, is_frozen, shape_of
-from hf_tam.sharding import FSDP1_MARK, Reducer, is_partitioned, refuse_parts, select_reducer, several_processes
-from hf_tam.sharding.refusals import refuse_plain_shards
+from hf_tam.integrations import torch_private
+from hf_tam.integrations.deepspeed.partitions import is_partitioned
+from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
+from hf_tam.sharding.company import several_processes
+from hf_tam.sharding.ownership import OwnedParameters, is_frozen, shape_of
+from hf_tam.sharding.reducer import Reducer
+from hf_tam.sharding.select import refuse_parts, select_reducer
 
-_WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
-"""What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})
 """Classes that hold the user's model as `module`, a name that a user's own part may have as well."""
 
@@ -43,7 +45,7 @@ class _Selected(NamedTuple):
 
     @classmethod
     def of(cls, reducer: Reducer, params: Sequence[Tensor]) -> _Selected:
-        specs = _specs(params)
+        specs = torch_private.specs(params)
         return cls(
             reducer,
             ids=tuple(map(id, params)),
@@ -57,7 +59,7 @@ class _Selected(NamedTuple):
     def still_serves(self, params: Sequence[Tensor]) -> bool:
         """Whether these tensors, of its ids and types, are cut as they were. In one process nothing is."""
         return not several_processes() or (
-            (self.specs is None or _specs(params) == self.specs)
+            (self.specs is None or torch_private.specs(params) == self.specs)
             and (self.plain is None or _plain(params) == self.plain)
             and all(is_frozen(params[position]) for position in self.frozen)
         )
@@ -120,8 +122,8 @@ class LogicalTensors:
 
     def _foreign(self, module: nn.Module, named: Mapping[str, Tensor]) -> Exception:
         """The error for a module that owns none of what the optimizer was handed."""
-        flat = [param for param in named.values() if getattr(param, "_is_flat_param", False)]
-        flattened = {tuple(shape) for param in flat for shape in getattr(param, "_shapes", ())}
+        flat = [param for param in named.values() if torch_private.is_flat(param)]
+        flattened = {shape for param in flat for shape in torch_private.flat_shapes(param)}
         if flat and flattened.issuperset(self._owned.shapes_in_order()):
             return RuntimeError(
                 f"attach: FSDP1 has put the parameters of {type(module).__name__} into flat parameters since the "
@@ -222,11 +224,7 @@ def _plain(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
         sizes = list(map(Tensor.numel, params))
     except ValueError:  # a lazy module has not given its parameters a shape yet
         sizes = [0 if shape_of(param) is None else param.numel() for param in params]
-    return sizes, list(map(hasattr, params, repeat(FSDP1_MARK)))
-
-
-def _specs(params: Sequence[Tensor]) -> list[Any]:
-    return list(map(getattr, params, repeat("_spec"), repeat(None)))
+    return sizes, list(map(hasattr, params, repeat(torch_private.FSDP1_MARK)))
 
 
 def _named_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -236,11 +234,11 @@ def _named_parameters(module: nn.Module) -> dict[str, Tensor]:
     for path, part in module.named_modules():
         parent, _, own = path.rpartition(".")
         if path:
-            skipped = own in _WRAPPER_PARTS or path in hidden
+            skipped = own in torch_private.WRAPPER_PARTS or path in hidden
             names[path] = names[parent] if skipped else f"{names[parent]}.{own}".lstrip(".")
         if any(kind.__name__ in _WRAPPERS for kind in type(part).__mro__):
             hidden.add(f"{path}.module".lstrip("."))
-        for leaf, param in part._parameters.items():  # FSDP1 has a `named_parameters` of its own
+        for leaf, param in torch_private.own_parameters(part).items():
             if param is not None and id(param) not in seen:
                 seen.add(id(param))
                 named[f"{names[path]}.{leaf}".lstrip(".")] = param

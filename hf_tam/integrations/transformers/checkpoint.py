@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_tam.integrations import deepspeed_checkpoint
 from hf_tam.integrations.checkpoint_files import (
     OUR_KEYS,
     STATE_FILE,
@@ -23,6 +22,7 @@ from hf_tam.integrations.checkpoint_files import (
     is_readable_json,
     saved_by_ours,
 )
+from hf_tam.integrations.deepspeed import checkpoint as deepspeed_checkpoint
 from hf_tam.integrations.wrapped import find_ours, innermost
 
 # Names that the Trainer and accelerate give their files.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-from hf_tam.report.grouping import Band, Group, Heatmap, band, heatmaps
-from hf_tam.report.reading import Run
+from hf_tam.lab.report.grouping import Band, Group, Heatmap, band, heatmaps
+from hf_tam.lab.report.reading import Run
 
 _NEUTRAL = 0.5
 _MOST_LABELS = 48

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-from hf_tam.compare.choosing import Estimate, Outcome
-from hf_tam.compare.plan import Plan
+from hf_tam.lab.compare.choosing import Estimate, Outcome
+from hf_tam.lab.compare.plan import Plan
 
 __all__ = ["curves", "interval", "summary", "table", "unit"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_tam.integrations.deepspeed_config import zero_stage
+from hf_tam.integrations.deepspeed.config import zero_stage
 
 _SHARD = re.compile(r"(?P<kind>(?:bf16_)?zero_pp_rank_)(?P<rank>\d+)(?P<rest>_mp_rank_\d+_optim_states\.pt)")
 _LATEST_FILES = ("latest", "latest_universal")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_tam.bench.measuring import Settings, Stand, local, measure
-from hf_tam.bench.workloads import Workload
+from hf_tam.lab.bench.measuring import Settings, Stand, local, measure
+from hf_tam.lab.bench.workloads import Workload
 
 __all__ = ["run_workload"]
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_tam.integrations.torch_private import own_parameters
+
 
 class _Mark(NamedTuple):
     """An attribute of a parameter, the value that makes it a part, and what the part is."""
@@ -37,12 +39,6 @@ _MARKS = (
     _Mark("_tutel_expert", True, f"{_EXPERT} (Tutel)"),
     _Mark("dp_comm", "none", f"{_EXPERT} (FastMoE)"),
 )
-
-
-def several_processes() -> bool:
-    """Whether this process trains together with others. No communication."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def mark_of_part(param: Tensor, modules: Sequence[nn.Module]) -> str | None:
@@ -78,7 +74,7 @@ def _tensor_parallel_size(param: Tensor, modules: Sequence[nn.Module]) -> int | 
     """Over how many ranks a marked weight is cut; None where neither its module nor Megatron says so."""
     for module in modules:
         for part in module.modules():
-            if any(own is param for own in part._parameters.values()):
+            if any(own is param for own in own_parameters(part).values()):
                 size, group = getattr(part, "tp_size", None), getattr(part, "tp_group", None)
                 if isinstance(size, int) or group is not None:
                     return size if isinstance(size, int) else torch.distributed.get_world_size(group)

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from hf_tam.compare.choosing import Row
-from hf_tam.compare.plan import Plan, PlanError, Spec
+from hf_tam.lab.compare.choosing import Row
+from hf_tam.lab.compare.plan import Plan, PlanError, Spec
 
 __all__ = ["ROWS_NAME", "Journal"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_tam.integrations.deepspeed_config import refuse_swap_in_config, zero_stage
-from hf_tam.integrations.trainer_checkpoint import refuse_our_state
+from hf_tam.integrations.deepspeed.config import refuse_swap_in_config, zero_stage
+from hf_tam.integrations.transformers.checkpoint import refuse_our_state
 from hf_tam.integrations.wrapped import find_ours
 
 if TYPE_CHECKING:

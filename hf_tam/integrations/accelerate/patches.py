@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_tam.integrations.accelerate_checkpoint import checking_files, exactly_loading, marking_complete
-from hf_tam.integrations.accelerate_prepare import (
+from hf_tam.integrations.accelerate.checkpoint import checking_files, exactly_loading, marking_complete
+from hf_tam.integrations.accelerate.prepare import (
     FollowedParameters,
     attach_models,
     compare_models,
     warn_of_strangers,
 )
-from hf_tam.integrations.deepspeed import refuse_split_model_scope
-from hf_tam.integrations.deepspeed_config import prevent_optimizer_swap
+from hf_tam.integrations.deepspeed.config import prevent_optimizer_swap
+from hf_tam.integrations.deepspeed.patches import refuse_split_model_scope
+from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
 from hf_tam.integrations.wrapped import find_ours
-from hf_tam.sharding.refusals import refuse_plain_shards
 
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_tam.compare.choosing import Row, best_rate, extended
-from hf_tam.compare.journal import Journal
-from hf_tam.compare.plan import Plan, Spec
+from hf_tam.lab.compare.choosing import Row, best_rate, extended
+from hf_tam.lab.compare.journal import Journal
+from hf_tam.lab.compare.plan import Plan, Spec
 
 __all__ = ["RunError", "Workshop", "compare", "locally"]
 

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_tam.integrations import deepspeed_checkpoint
 from hf_tam.integrations.checkpoint_files import (
     COMPLETE_FILE,
     Strategy,
@@ -25,7 +24,8 @@ from hf_tam.integrations.checkpoint_files import (
     read_metadata,
     saved_by_ours,
 )
-from hf_tam.integrations.trainer_checkpoint import refuse_our_state
+from hf_tam.integrations.deepspeed import checkpoint as deepspeed_checkpoint
+from hf_tam.integrations.transformers.checkpoint import refuse_our_state
 from hf_tam.integrations.wrapped import find_ours
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _make_states(optimizer: TorqueAware) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.requires_grad and not optimizer.state.get(param):
-                optimizer._init_state(param, optimizer.state[param], None)
+                optimizer.family.complete(optimizer.state[param], param, group)
 
 
 def _with_small_tensors(load: Callable[[], Any]) -> Any:

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_tam.report.figures import THEMES, Picture, draw_all
-from hf_tam.report.grouping import differing_settings, group_runs, show
-from hf_tam.report.reading import ReportError, Run, read_runs
+from hf_tam.lab.report.figures import THEMES, Picture, draw_all
+from hf_tam.lab.report.grouping import differing_settings, group_runs, show
+from hf_tam.lab.report.reading import ReportError, Run, read_runs
 
 # What is shown first of the final metrics, and in which unit.
 _UNITS = {

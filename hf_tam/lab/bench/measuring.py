@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_tam.bench.contenders import CONTENDERS, MAX_GRAD_NORM, Contender, layerwise
-from hf_tam.bench.statistics import pair_ratio
-from hf_tam.bench.workloads import Workload
+from hf_tam.lab.bench.contenders import CONTENDERS, MAX_GRAD_NORM, Contender, layerwise
+from hf_tam.lab.bench.statistics import pair_ratio
+from hf_tam.lab.bench.workloads import Workload
 
 __all__ = ["Ranks", "Settings", "Stand", "local", "measure", "needed_memory", "state_bytes"]
 

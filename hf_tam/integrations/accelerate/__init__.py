@@ -1,0 +1,1 @@
+"""accelerate: `Accelerator.prepare`, and its checkpoints."""

@@ -1,0 +1,1 @@
+"""DeepSpeed: its engine, its configuration and its checkpoints."""

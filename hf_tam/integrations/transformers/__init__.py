@@ -1,0 +1,1 @@
+"""transformers: AdaTAMW as an `optim` of the Trainer, and what follows from it."""
