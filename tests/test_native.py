@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hf_tam
-from hf_tam.backends import cpu, native, select_backend
+from hf_tam.backends import native, select_backend, torch_fused
 from hf_tam.backends.native import library
 from hf_tam.sharding import LocalReducer
 
@@ -107,7 +107,7 @@ def test_without_them_torchs_kernels_take_the_same_step(fresh, environment, reas
             monkeypatch.setenv(variable, environment[variable])
     if library.SWITCH in environment:
         monkeypatch.setenv(library.SWITCH, environment[library.SWITCH])
-    assert chosen() is cpu
+    assert chosen() is torch_fused
     assert library.load() is None
     assert re.search(reason, library.why_not())
     for actual, wanted in zip(trained(), expected, strict=True):

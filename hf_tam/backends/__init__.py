@@ -5,7 +5,7 @@
 | `single` | one tensor at a time, fp64 | one tensor at a time, plain torch operations | `foreach=False, fused=False` |
 | `foreach` | as `single` | `torch._foreach_*` | `foreach=True`, and by default on accelerators without Triton |
 | `native` | one call | one call, or with the sums | `fused=True`, and by default on the CPU with a C compiler |
-| `cpu` | chunks that stay in cache | torch's vectorised fused kernels | the same, where there is no C compiler |
+| `torch_fused` | cached chunks | torch's vectorised fused kernels | the same, where there is no C compiler |
 | `triton` | one launch | one launch, also of the whole step | `fused=True`, by default on CUDA, ROCm and XPU |
 
 A backend is a module with the functions of the `Backend` protocol. Nothing here communicates.
@@ -38,8 +38,8 @@ def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | 
     Raises:
         RuntimeError: `fused=True` where no fused kernel is at hand.
     """
-    from hf_tam.backends import cpu, native, single
     from hf_tam.backends import foreach as multi_tensor
+    from hf_tam.backends import native, single, torch_fused
 
     if not on_host and (fused or (fused is None and foreach is None)) and _runs_triton(device):
         from hf_tam.backends import triton
@@ -50,7 +50,7 @@ def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | 
         remedy = "pip install triton, or " if device.type in _TRITON_DEVICES else ""
         raise RuntimeError(f"`fused=True` has no kernel for {where}; {remedy}leave fused=None (foreach is used)")
     if fused or (fused is None and foreach is None and on_host):
-        return native if native.is_available() else cpu
+        return native if native.is_available() else torch_fused
     if foreach or (foreach is None and fused is None):
         if not foreach and device.type in _TRITON_DEVICES and not _has_triton():
             _warn_of_missing_triton(device.type)

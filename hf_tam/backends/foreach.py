@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tam.backends.single import columns_of, gradient, partial_sums, whole_step
+from hf_tam.backends.single import columns_of, gradient, one_pass, partial_sums
 from hf_tam.backends.tensors import Tensors
 from hf_tam.update import AdamCoefficients, Coefficients, Scalar
 
-__all__ = ["partial_sums", "update", "whole_step"]
+__all__ = ["one_pass", "partial_sums", "update"]
 
 _TEMPORARY = 1 << 24
 """Elements handled together: at most 64 MiB for each fp32 temporary, unless one tensor alone is larger."""

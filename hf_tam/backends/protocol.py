@@ -27,7 +27,7 @@ class Report(NamedTuple):
     keep: Tensor | None
 
 
-class WholeStep(Protocol):
+class OnePass(Protocol):
     """Takes the whole step where no tensor waits for another: sums, angles and update, tensor by tensor."""
 
     def __call__(self, tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
@@ -51,7 +51,7 @@ class Backend(Protocol):
     """What a step needs of a backend."""
 
     @property
-    def whole_step(self) -> WholeStep | None:
+    def one_pass(self) -> OnePass | None:
         """None where every step is taken in parts."""
 
     def partial_sums(self, tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_tam import update as formulas
-from hf_tam.backends.protocol import WholeStep
+from hf_tam.backends.protocol import OnePass
 from hf_tam.backends.tensors import Tensors
 from hf_tam.update import Coefficients, Scalar
 
-__all__ = ["columns_of", "gradient", "partial_sums", "update", "update_tensor", "whole_step"]
+__all__ = ["columns_of", "gradient", "one_pass", "partial_sums", "update", "update_tensor"]
 
-whole_step: WholeStep | None = None
+one_pass: OnePass | None = None
 """Every step is taken in parts."""
 
 

@@ -3,7 +3,7 @@
 from hf_tam.sharding.agreement import Agreement
 from hf_tam.sharding.groups import Reduced
 from hf_tam.sharding.logical import LogicalTensors
-from hf_tam.sharding.reducer import LocalReducer, Reducer, Span, WholeParameters
+from hf_tam.sharding.reducer import LocalReducer, ParameterReducer, Reducer, Span
 from hf_tam.sharding.select import select_reducer
 from hf_tam.sharding.stepped import Stepped
 
@@ -11,10 +11,10 @@ __all__ = [
     "Agreement",
     "LocalReducer",
     "LogicalTensors",
+    "ParameterReducer",
     "Reduced",
     "Reducer",
     "Span",
     "Stepped",
-    "WholeParameters",
     "select_reducer",
 ]

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from hf_tam.integrations.torch_private import is_strided_shard
 from hf_tam.sharding.groups import Reduced, ShardGroups
 from hf_tam.sharding.ownership import kind_of
-from hf_tam.sharding.reducer import WholeParameters
+from hf_tam.sharding.reducer import ParameterReducer
 
 
-class DTensorReducer(WholeParameters):
+class DTensorReducer(ParameterReducer):
     """Sums over every mesh axis on which a parameter is not replicated; replicas are not counted twice.
 
     Plain tensors beside DTensors (the norms of a tensor-parallel model) are whole.

@@ -12,10 +12,10 @@ from torch.distributed import ProcessGroup
 from hf_tam.integrations.torch_private import flat_parts, is_sliced
 from hf_tam.sharding.dtensor import groups_of
 from hf_tam.sharding.groups import Reduced, ShardGroups
-from hf_tam.sharding.reducer import WholeParameters
+from hf_tam.sharding.reducer import ParameterReducer
 
 
-class Fsdp1Reducer(WholeParameters):
+class Fsdp1Reducer(ParameterReducer):
     """Sums over the process group of each parameter's FSDP unit, and over those of tensor parallelism below it.
 
     A rank that holds nothing of a parameter takes part with an empty tensor, so that its scalar states advance as the

@@ -69,7 +69,7 @@ class Reducer(Protocol):
         """
 
 
-class WholeParameters:
+class ParameterReducer:
     """What holds wherever each parameter stands for one logical tensor."""
 
     sees_all = True
@@ -83,7 +83,7 @@ class WholeParameters:
         return None
 
 
-class LocalReducer(WholeParameters):
+class LocalReducer(ParameterReducer):
     """For whole tensors (one device, DDP): the local sums are the global ones. No communication."""
 
     groups = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.sharding.ownership import kind_of
-from hf_tam.sharding.reducer import Reducer, WholeParameters
+from hf_tam.sharding.reducer import ParameterReducer, Reducer
 from hf_tam.sharding.terms import DECAYS, LOADED, Row, Shared, Terms
 
 __all__ = ["Stepped", "digest", "no_sums"]
@@ -51,7 +51,7 @@ class Stepped(NamedTuple):
     @property
     def is_partitioned(self) -> bool:
         """Whether that is a part of the buffers of DeepSpeed ZeRO."""
-        return not isinstance(self.reducer, WholeParameters)
+        return not isinstance(self.reducer, ParameterReducer)
 
     @property
     def tells(self) -> bool:

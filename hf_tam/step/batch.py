@@ -47,10 +47,10 @@ class Batch:
         tensors: The n tensors.
         indices: The position of each among all logical tensors of the optimizer.
         present: For each whether this rank has a gradient of it, not one that stands in; empty where all are whole.
-        owners: The states (`optimizer.state[owner]`) of the parameters, or flat buffers, that they come from.
-        shapes: For each owner the shape of a scalar state.
+        entries: `optimizer.state[param]` of the parameters, or flat buffers, that they come from.
+        shapes: For each entry the shape of a scalar state.
         backend: What executes the step.
-        scalars: The scalar states as rows of one fp32 matrix, a column a tensor, to be written to; see `pack`.
+        matrix: The scalar states as rows of one fp32 matrix, a column a tensor, to be written to; see `pack`.
         apart: Scalar states that lie elsewhere, each with the part of the matrix that they are to hold.
         sums: Rows <m, g>, |m|^2, |g|^2, raw |g|^2, shape (n, 4). |m|^2 is of the moment as it is stored.
         measured: Whether `sums` were taken at all.
@@ -69,10 +69,10 @@ class Batch:
     tensors: Tensors
     indices: list[int] = field(default_factory=list)
     present: list[bool] = field(default_factory=list)
-    owners: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     backend: Backend = field(init=False)
-    scalars: Tensor = field(init=False)
+    matrix: Tensor = field(init=False)
     apart: Sequence[tuple[Tensor, Tensor]] = ()
     sums: Tensor = field(init=False)
     measured: bool = True
@@ -89,7 +89,7 @@ class Batch:
     def read_scalars(self, keys: Sequence[str]) -> None:
         """Set `states` and `numbers`, where the arithmetic is torch's."""
         device, tensors = self.options.device, self.tensors
-        rows = self.scalars.to(update.accumulator_dtype(device), copy=True).unbind()
+        rows = self.matrix.to(update.accumulator_dtype(device), copy=True).unbind()
         self.states = dict(zip(keys, rows, strict=True))
         kept = tensors.memory.kept.setdefault("columns", {})
         self.numbers = beside_each_other(tensors.numbers, tensors.groups, device=device, kept=kept)
@@ -119,7 +119,7 @@ class Batch:
         if not any(wanted) and not needs_norms and not only_norms:
             self.measured = False
             dtype = update.accumulator_dtype(self.options.device)
-            return self.scalars.new_zeros(len(wanted), update.NUM_SUMS, dtype=dtype)
+            return self.matrix.new_zeros(len(wanted), update.NUM_SUMS, dtype=dtype)
         return self.backend.partial_sums(self.tensors, with_dot=wanted)
 
     def set_sums(self, reduced: Tensor, anywhere: Tensor | None) -> None:
@@ -182,13 +182,13 @@ class Batch:
         else:
             masked = coefficients if keep is None else _masked(coefficients, keep)
             self.backend.update(tensors, masked, keep=keep, clip=clip, on_host=False)
-        for row, (key, before) in zip(self.scalars, self.states.items(), strict=True):
+        for row, (key, before) in zip(self.matrix, self.states.items(), strict=True):
             row.copy_(stage.states[key] if keep is None else torch.where(keep, stage.states[key], before))
 
     def scale_state(self, factor: Tensor) -> None:
         """Multiply every state of every tensor by `factor`, shape ()."""
         factor = factor.to(self.options.device)
-        self.scalars.mul_(factor)
+        self.matrix.mul_(factor)
         for moment in (*self.tensors.firsts, *self.tensors.seconds):
             moment.mul_(factor)
 

@@ -102,14 +102,14 @@ class Gatherer:
         gradient = _GRAD if isinstance(reducer, LocalReducer) else reducer.gradient
         grads: list[Any] = [None if param is None else gradient(param) for param in group["params"]]
         places = [place for place, grad in enumerate(grads) if grad is not None]
-        owners = [group["params"][place] for place in places]
+        params = [group["params"][place] for place in places]
         if places and {*map(_LAYOUT, map(grads.__getitem__, places))} != {torch.strided}:
             raise RuntimeError(
                 f"{self._family.name} does not support sparse gradients, please consider SparseAdam instead"
             )
-        for device in dict.fromkeys(map(_DEVICE, owners)):  # usually one
-            here = [at for at, owner in enumerate(owners) if owner.device == device]
-            first = owners[here[0]]
+        for device in dict.fromkeys(map(_DEVICE, params)):  # usually one
+            here = [at for at, param in enumerate(params) if param.device == device]
+            first = params[here[0]]
             if device.type == "meta":
                 _refuse_meta(name(first_index + places[here[0]]), first)
             is_fake = type(first) not in (nn.Parameter, Tensor) and is_fake_tensor(first)
@@ -121,7 +121,7 @@ class Gatherer:
                 tensors = Tensors(maximize=group["maximize"], captured=self._captured)
                 found[options] = Batch(options, tensors), [[] for _ in self._family.scalar_states]
             self._add(
-                *found[options], [owners[at] for at in here], [grads[places[at]] for at in here],
+                *found[options], [params[at] for at in here], [grads[places[at]] for at in here],
                 [first_index + places[at] for at in here], group, states, reducer,
             )  # fmt: skip
 
@@ -129,7 +129,7 @@ class Gatherer:
         self,
         batch: Batch,
         columns: list[list[Any]],
-        owners: list[Tensor],
+        params: list[Tensor],
         grads: list[Tensor],
         indices: list[int],
         group: dict[str, Any],
@@ -137,15 +137,15 @@ class Gatherer:
         reducer: Reducer,
     ) -> None:
         """Add to a batch what stands in one param group, at the positions `indices`; creates the states."""
-        mine, tensors, family = list(map(states.__getitem__, owners)), batch.tensors, self._family
-        spans = None if isinstance(reducer, LocalReducer) else _spans(reducer, family, owners, mine, group)
-        shapes = [()] * len(owners) if spans is None else [() if each is None else (len(each),) for each in spans]
-        stored = _columns(mine, self._keys)
+        entries, tensors, family = list(map(states.__getitem__, params)), batch.tensors, self._family
+        spans = None if isinstance(reducer, LocalReducer) else _spans(reducer, family, params, entries, group)
+        shapes = [()] * len(params) if spans is None else [() if each is None else (len(each),) for each in spans]
+        stored = _columns(entries, self._keys)
         if stored is None:
-            for state, owner, shape in zip(mine, owners, shapes, strict=True):
-                family.complete(state, owner, group, shape=shape)
-            stored = [list(map(itemgetter(key), mine)) for key in self._keys]
-        lists = [owners, grads, *stored[: len(family.moments)]]
+            for state, param, shape in zip(entries, params, shapes, strict=True):
+                family.complete(state, param, group, shape=shape)
+            stored = [list(map(itemgetter(key), entries)) for key in self._keys]
+        lists = [params, grads, *stored[: len(family.moments)]]
         if spans is not None:
             lists, indices, present = _local(reducer, lists, spans, indices)
             batch.present += present
@@ -156,7 +156,7 @@ class Gatherer:
             tensors.numbers.append(numbers)
         tensors.groups += [len(tensors.numbers) - 1] * len(indices)
         batch.indices += indices
-        batch.owners += mine
+        batch.entries += entries
         batch.shapes += shapes
         held = [tensors.params, tensors.grads, tensors.firsts, tensors.seconds][: len(lists)]
         for column, new in zip([*held, *columns], [*lists, *stored[len(family.moments) :]], strict=True):
@@ -173,8 +173,8 @@ class Gatherer:
             known=None if known is None else known.memory, name=lambda at: name(indices[at]),
         )  # fmt: skip
         keys = self._family.scalar_states
-        batch.scalars, addresses, batch.apart = pack(
-            batch.owners, columns, keys=keys, shapes=batch.shapes, device=options.device,
+        batch.matrix, addresses, batch.apart = pack(
+            batch.entries, columns, keys=keys, shapes=batch.shapes, device=options.device,
             known=None if known is None else known.addresses,
         )  # fmt: skip
         if known is not None:
@@ -215,13 +215,13 @@ def _refuse_meta(name: str, param: Tensor) -> None:
 
 
 def _spans(
-    reducer: Reducer, family: Family, owners: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    reducer: Reducer, family: Family, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
 ) -> list[Sequence[Span] | None]:
     """The logical tensors in each flat buffer, whose scalar states are made vectors; None for a parameter."""
-    spans = [reducer.spans(owner) for owner in owners]
-    for state, owner, parts in zip(states, owners, spans, strict=True):
+    spans = [reducer.spans(param) for param in params]
+    for state, param, parts in zip(states, params, spans, strict=True):
         if parts is not None and state:
-            buffers.load_vectors(state, group, parts, defaults=family.foreign_scalars(group), device=owner.device)
+            buffers.load_vectors(state, group, parts, defaults=family.foreign_scalars(group), device=param.device)
     return spans
 
 
@@ -229,15 +229,15 @@ def _local(
     reducer: Reducer, lists: list[list[Tensor]], spans: list[Sequence[Span] | None], indices: list[int]
 ) -> tuple[list[list[Tensor]], list[int], list[bool]]:
     """What this rank holds of parameters, gradients (they are local) and moments; the positions; which are present."""
-    owners, grads, *moments = lists
-    local = [list(map(reducer.local, owners)), grads, *(list(map(reducer.local, column)) for column in moments)]
+    params, grads, *moments = lists
+    local = [list(map(reducer.local, params)), grads, *(list(map(reducer.local, column)) for column in moments)]
     cut: list[list[Tensor]] = [[] for _ in local]
     positions: list[int] = []
     present: list[bool] = []
-    for index, parts, owner, *tensors in zip(indices, spans, owners, *local, strict=True):
+    for index, parts, param, *tensors in zip(indices, spans, params, *local, strict=True):
         places = [index] if parts is None else [part.position for part in parts]
         positions += places
-        present += [owner.grad is not None] * len(places)
+        present += [param.grad is not None] * len(places)
         for column, tensor in zip(cut, tensors, strict=True):
             column += [tensor] if parts is None else [tensor.narrow(0, part.start, part.length) for part in parts]
     return cut, positions, present
@@ -278,10 +278,10 @@ def pack(
     """The scalar states of some parameters (or flat buffers) as rows of one fp32 matrix.
 
     Args:
-        states: `optimizer.state[owner]` of each owner.
+        states: `optimizer.state[param]` of each param.
         columns: For each key what stands there under it, an entry a state.
         keys: Names of the scalar states, in the order of the rows.
-        shapes: What a scalar state's shape is for each owner: (), or (logical tensors,) for a buffer.
+        shapes: What a scalar state's shape is for each param: (), or (logical tensors,) for a buffer.
         device: Where the matrix goes.
         known: Where the states lay in the last step.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.family import Family
-from hf_tam.sharding import LocalReducer, Reducer, WholeParameters
+from hf_tam.sharding import LocalReducer, ParameterReducer, Reducer
 from hf_tam.step import guards
 from hf_tam.step.batch import Batch
 from hf_tam.step.gathering import Gatherer, rounds
@@ -74,7 +74,7 @@ class Pipeline:
         telemetry.records[reducer] = [_record(batch) for batch in batches]
         if telemetry.promised is not None:
             telemetry.keep_promise(batches[0].is_off if batches else None)
-        if is_new and isinstance(reducer, WholeParameters):
+        if is_new and isinstance(reducer, ParameterReducer):
             _forget_initialisation(batches)
         if not batches or telemetry.is_idle or any(batch.keep is not None for batch in batches):
             telemetry.warn(batches)
@@ -90,7 +90,7 @@ class Pipeline:
         # Where nothing comes between the sums and the update, a backend may take the whole step by itself.
         is_local = isinstance(reducer, LocalReducer)
         if is_local and scaling is None:
-            left = self._take_whole_steps(batches)
+            left = self._take_in_one_pass(batches)
         for batch in left:
             batch.read_scalars(self._family.scalar_states)
         # <m, g>, |m|^2 and |g|^2 of whole tensors. Ranks agree on how often, whatever this one has gradients of.
@@ -119,17 +119,17 @@ class Pipeline:
         """Whether a weight decay is added to gradients."""
         return self._family.coupled and any(group["weight_decay"] for group in param_groups)
 
-    def _take_whole_steps(self, batches: list[Batch]) -> list[Batch]:
+    def _take_in_one_pass(self, batches: list[Batch]) -> list[Batch]:
         """Let backends step by themselves what depends on nothing else, and return the batches that are left."""
         if any(batch.options.nonfinite == "raise" for batch in batches):  # before anything is changed
             return batches
         left = []
         for batch in batches:
-            whole_step, report = batch.backend.whole_step, None
-            if batch.options.scope == "tensor" and whole_step is not None:
-                report = whole_step(
+            one_pass, report = batch.backend.one_pass, None
+            if batch.options.scope == "tensor" and one_pass is not None:
+                report = one_pass(
                     batch.tensors,
-                    batch.scalars,
+                    batch.matrix,
                     skip_nonfinite=batch.options.nonfinite == "skip",
                     skipped=self._telemetry.skipped[batch.options.device],
                 )

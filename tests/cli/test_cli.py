@@ -121,7 +121,7 @@ def test_status_says_which_backend_and_which_strategies(capsys, monkeypatch):
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     reason = native.why_not()
     if reason:
-        assert lines["backend"] == f"cpu (device: cpu; not native: {reason})"
+        assert lines["backend"] == f"torch_fused (device: cpu; not native: {reason})"
     else:
         assert lines["backend"].startswith("native (device: cpu")
     assert lines["strategy FSDP1"] == "available (gloo); use_orig_params=True"

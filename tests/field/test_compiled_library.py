@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import hf_tam
-from hf_tam.backends import cpu, native, select_backend
+from hf_tam.backends import native, select_backend, torch_fused
 from hf_tam.backends.native import library, private
 from hf_tam.cli import status
 
@@ -522,7 +522,7 @@ def test_cache_that_can_be_read_only(process, monkeypatch):
 
 def test_neither_cache_nor_temporary_folder(process, monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", refuse(errno.ENOENT))
-    assert step() is cpu
+    assert step() is torch_fused
     assert "No such file or directory; in a temporary folder: [Errno 2] No such file or dir" in library.why_not()
 
 
@@ -563,7 +563,7 @@ COMPILERS = {
 def test_compiler_that(process, compiler):
     body, reason = COMPILERS[compiler]
     process.use(process.compiler(body))
-    assert step() is cpu
+    assert step() is torch_fused
     assert_is_one_line(library.why_not(), reason)
     assert not list(process.cache.iterdir())
 
@@ -587,7 +587,7 @@ def assert_is_one_line(text, pattern):
 )
 def test_command_that_is_none(process, command, reason):
     process.use(command)
-    assert step() is cpu
+    assert step() is torch_fused
     assert_is_one_line(library.why_not(), reason)
 
 
@@ -618,7 +618,7 @@ def test_no_path(process, path, monkeypatch):
         monkeypatch.setattr(shutil, "which", lambda name: None)  # whatever is in the system's own folders
     else:
         monkeypatch.setenv("PATH", path)
-    assert step() is cpu
+    assert step() is torch_fused
     assert library.why_not() == "no C compiler was found (cc, gcc, clang, or CC)"
 
 
@@ -645,7 +645,7 @@ def test_compiler_that_hangs(process, monkeypatch):
     """It is stopped, with all that it has started, and not tried again."""
     monkeypatch.setattr(library, "_TIMEOUT", 0.5)
     process.use(process.compiler(f"sleep 300 & echo $! > {process.folder}/child; wait"))
-    assert step() is cpu
+    assert step() is torch_fused
     assert library.why_not() == f"{process.folder}/cc was stopped after 0 seconds"
     assert process.compilations == 1
     assert is_gone(int((process.folder / "child").read_text()))
@@ -723,7 +723,7 @@ def test_whatever_is_raised_the_step_is_taken(process, where, error, monkeypatch
         raise error
 
     monkeypatch.setattr(library, where, fail)
-    assert step() is cpu
+    assert step() is torch_fused
     assert error.__name__ in library.why_not()
 
 
@@ -740,11 +740,11 @@ def test_whatever_is_raised_over_the_cache_another_folder_is_used(process, error
 def test_sources_that_are_not_there(process, monkeypatch):
     """Installed as a zip file, or frozen."""
     monkeypatch.setattr(library, "SOURCE", Path(__file__, "kernels.c"))
-    assert step() is cpu
+    assert step() is torch_fused
     assert "Not a directory" in library.why_not()
 
 
-@pytest.mark.parametrize(("body", "expected"), [("write {good}", native), ("exit 1", cpu)])
+@pytest.mark.parametrize(("body", "expected"), [("write {good}", native), ("exit 1", torch_fused)])
 def test_program_that_does_not_hear_of_its_children(process, body, expected):
     """Then nobody knows how they ended."""
     process.use(process.compiler(body))
@@ -766,7 +766,7 @@ def test_warnings_that_are_errors(process):
 def test_ascii_locale(process, monkeypatch):
     """In a process of its own: what Python takes for text is settled when it begins."""
     process.use(process.compiler("printf 'error: \\303\\251\\377' >&2; exit 1", name="compil\u00e9r"))
-    script = "from tests.field.test_compiled_library import step; assert step().__name__.endswith('cpu')"
+    script = "from tests.field.test_compiled_library import step; assert step().__name__.endswith('torch_fused')"
     script += "; from hf_tam.cli import status; status._print_registration = lambda: 0; status.status(None)"
     changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     for name, value in changes.items():

@@ -136,10 +136,10 @@ def test_a_whole_step_takes_two_launches_on_the_device():
     tensors = make_tensors([torch.randn(size) for size in (1000, 1000, 5000)])
     scalars = torch.zeros(3, 3, device="cuda")
     skipped = torch.zeros((), dtype=torch.int64, device="cuda")
-    backend.whole_step(tensors, scalars, skip_nonfinite=True, skipped=skipped)
+    backend.one_pass(tensors, scalars, skip_nonfinite=True, skipped=skipped)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        backend.whole_step(tensors, scalars, skip_nonfinite=True, skipped=skipped)
+        backend.one_pass(tensors, scalars, skip_nonfinite=True, skipped=skipped)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if "kernel" in event.name]
     assert ["sums_kernel" in names[0], "adam_step_kernel" in names[1]] == [True, True]

@@ -50,7 +50,7 @@ def test_whole_steps_are_the_general_path(name, options, tensor_lr):
         grads = [parameter.grad for parameter in parameters]
         tensors = hand(ours, grads, moments[0], seconds, numbers=[numbers], maximize=group["maximize"])
         assert [chunks.size for chunks in backend.bind(tensors).table.parts.values()] == [6]
-        report = backend.whole_step(tensors, scalars, skip_nonfinite=group["nonfinite"] == "skip", skipped=skipped)
+        report = backend.one_pass(tensors, scalars, skip_nonfinite=group["nonfinite"] == "skip", skipped=skipped)
         optimizer.step()
         stats = optimizer.torque_stats()
         torch.testing.assert_close(report.cosine.float(), stats["cosine"], rtol=0, atol=2e-6)
@@ -70,7 +70,7 @@ def test_a_whole_step_takes_two_launches(launches):
     tensors = make_tensors([torch.randn(size) for size in (50, 50, 500, 1)])
     scalars = torch.zeros(3, 4, device=DEVICE)
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    backend.whole_step(tensors, scalars, skip_nonfinite=True, skipped=skipped)
+    backend.one_pass(tensors, scalars, skip_nonfinite=True, skipped=skipped)
     assert launches == ["sums_kernel", "adam_step_kernel"]
 
 

@@ -5,7 +5,7 @@ gradient come from the cache when they are updated: 7 accesses of memory an elem
 calls, one for the sums and one for the update: 9.
 
 Tensors of other dtypes than fp32 and bf16, and those whose parameter, gradient and moments do not share one dense
-layout, go to the `cpu` backend.
+layout, go to the `torch_fused` backend.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from hf_tam.backends import cpu
+from hf_tam.backends import torch_fused
 from hf_tam.backends.native.library import load, why_not
 from hf_tam.backends.protocol import Report
 from hf_tam.backends.tensors import Tensors
 from hf_tam.update import NUM_SUMS, AdamCoefficients, Coefficients, Scalar
 
-__all__ = ["is_available", "partial_sums", "update", "whole_step", "why_not"]
+__all__ = ["is_available", "one_pass", "partial_sums", "update", "why_not"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FIELDS = 10
@@ -50,7 +50,7 @@ def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
 
 
 def _cpu_sums(tensors: Tensors, with_dot: Sequence[bool]) -> Tensor:
-    return cpu.partial_sums(tensors, with_dot=with_dot)
+    return torch_fused.partial_sums(tensors, with_dot=with_dot)
 
 
 def _sums(tensors: Tensors, with_dot: Sequence[bool]) -> Tensor:
@@ -73,7 +73,7 @@ def update(
     if inside:
         _update(tensors.only(inside), _only(coefficients, inside), clip)
     others = _others(tensors, inside)
-    cpu.update(tensors.only(others), _only(coefficients, others), keep=None, clip=clip, on_host=True)
+    torch_fused.update(tensors.only(others), _only(coefficients, others), keep=None, clip=clip, on_host=True)
 
 
 def _update(tensors: Tensors, coefficients: Coefficients, clip: float | None) -> None:
@@ -91,8 +91,8 @@ def _only(coefficients: Coefficients, places: Sequence[int]) -> Coefficients:
     return type(coefficients)(*(column[list(places)] for column in coefficients))
 
 
-def whole_step(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
-    """See `Backend.whole_step`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
+def one_pass(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
+    """See `Backend.one_pass`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
     if tensors.walkable(_DTYPES) is not None or any(row.torque_steps != math.inf for row in tensors.numbers):
         return None
     numbers = array("d", (float(value) for row in tensors.numbers for value in row))

@@ -1,7 +1,7 @@
 """The Triton backend: two or three launches a step for any number of tensors, with nothing read by the host.
 
 `partial_sums` and `update` are the general path, whatever happens to the sums in between. Where nothing does,
-`whole_step` takes the step in two launches. To launch tensors in stretches that stay in the L2 cache between the two
+`one_pass` takes the step in two launches. To launch tensors in stretches that stay in the L2 cache between the two
 was measured on an H100 (recipes/results/gpu-windows.txt) and took the device longer in every case: the ends of the
 launches cost more than the cache gives.
 
@@ -28,7 +28,7 @@ from hf_tam.backends.triton.step_kernels import REPORTS, adam_step_kernel, sgd_s
 from hf_tam.backends.triton.update_kernels import update_kernel
 from hf_tam.update import NUM_SUMS, AdamCoefficients, Coefficients, Scalar
 
-__all__ = ["bind", "partial_sums", "update", "whole_step"]
+__all__ = ["bind", "one_pass", "partial_sums", "update"]
 
 
 def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
@@ -80,8 +80,8 @@ def update(
     increment_version(tensors.params)
 
 
-def whole_step(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
-    """See `Backend.whole_step`. Two launches for each kind of tensors: the sums, then the rest."""
+def one_pass(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
+    """See `Backend.one_pass`. Two launches for each kind of tensors: the sums, then the rest."""
     bound = bind(tensors)
     table, count, device = bound.table, len(tensors), scalars.device
     if table.outside:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hf_tam.backends import single
-from hf_tam.backends.single import whole_step
+from hf_tam.backends.single import one_pass
 from hf_tam.backends.tensors import Tensors, is_dense
 from hf_tam.update import AdamCoefficients, Coefficients, Scalar
 
-__all__ = ["partial_sums", "update", "whole_step"]
+__all__ = ["one_pass", "partial_sums", "update"]
 
 CHUNK = 1 << 16
 """Elements summed in one go: two fp32 chunks (512 KiB) stay in a core's L2 while three products are taken of them, and
