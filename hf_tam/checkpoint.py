@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_tam.family import Family, Member
+from hf_tam.hyperparameters import HYPERPARAMETERS
 from hf_tam.saved_groups import adapt_group, is_literal, refuse_others
 from hf_tam.sharding import Reducer
 from hf_tam.step import buffers
@@ -370,7 +371,7 @@ def _export_state(state: dict[str, Any], group: dict[str, Any], known: set[str])
 
 
 def _export_group(group: dict[str, Any], optimizer: Member) -> dict[str, Any]:
-    ours = ("gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite", "max_grad_norm")
+    ours = {name for name, known in HYPERPARAMETERS.items() if not known.is_torchs}
     exported = {key: value for key, value in group.items() if key not in ours}
     # torch knows `capturable` on accelerators only; ours works everywhere.
     exported["capturable"] &= any(param.device.type != "cpu" for param in _params(optimizer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,8 +13,6 @@ SCOPES = ("tensor", "model")
 NONFINITE = ("skip", "raise", "propagate")
 ADAPTIVE_STEP_SIZES = ("adamw", "paper")
 MOMENTUM_STEP_SIZES = ("sgd", "paper")
-
-_NUMBERS = ("lr", "betas", "momentum", "eps", "weight_decay", "gamma", "damping_eps", "max_grad_norm")
 
 # Each message begins as torch.optim's own does where torch checks the same thing (torch/optim/adam.py, sgd.py).
 _TORCH_WORDS = {
@@ -37,8 +35,8 @@ def validate(hyperparameters: Mapping[str, Any]) -> None:
             and what is accepted.
     """
     for name, value in hyperparameters.items():
-        if name in _CHECKS:
-            _CHECKS[name](name, value)
+        if name in HYPERPARAMETERS:
+            HYPERPARAMETERS[name].check(name, value)
     if hyperparameters.get("foreach") and hyperparameters.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if isinstance(hyperparameters.get("lr"), Tensor) and "betas" in hyperparameters:
@@ -68,9 +66,9 @@ def plain_numbers(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     `lr` stays a tensor, which schedulers write to.
     """
     return {
-        name: plain(hyperparameters[name])
-        for name in _NUMBERS
-        if name in hyperparameters and not (name == "lr" and isinstance(hyperparameters[name], Tensor))
+        name: plain(value)
+        for name, value in hyperparameters.items()
+        if name in HYPERPARAMETERS and not (name == "lr" and isinstance(value, Tensor))
     }
 
 
@@ -143,6 +141,10 @@ def _flag(name: str, value: object) -> None:
         _refuse(name, value, "True or False")
 
 
+def _any(name: str, value: object) -> None:
+    pass
+
+
 def _one_of(*accepted: str) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         if value not in accepted:
@@ -153,22 +155,42 @@ def _one_of(*accepted: str) -> Callable[[str, object], None]:
     return check
 
 
-_CHECKS: dict[str, Callable[[str, object], None]] = {
-    "lr": _learning_rate,
-    "betas": _betas,
-    "momentum": _below_one,
-    "eps": _positive,
-    "weight_decay": _at_least_zero,
-    "gamma": _at_most_one,
-    "damping_eps": _at_least_zero,
-    "scope": _one_of(*SCOPES),
-    "nonfinite": _one_of(*NONFINITE),
-    "torque_steps": _torque_steps,
-    "max_grad_norm": _max_grad_norm,
-    "maximize": _flag,
-    "capturable": _flag,
-    "foreach": _optional_flag,
-    "fused": _optional_flag,
+class Hyperparameter(NamedTuple):
+    """What there is to know of a hyperparameter, besides what it does.
+
+    Attributes:
+        check: Called with name and value; raises ValueError where that is out of range.
+        kind: What `optim_args` reads it as, see `hf_tam.integrations.transformers.optim_args`; None: it has its own
+            argument there.
+        rule: "adam" or "sgd" where the others do not have it.
+        is_agreed: Whether it must be the same on all ranks. Not what schedules move, nor how a step is executed.
+        is_torchs: Whether torch.optim's counterpart has it too.
+    """
+
+    check: Callable[[str, object], None]
+    kind: str | None = None
+    rule: str | None = None
+    is_agreed: bool = False
+    is_torchs: bool = True
+
+
+HYPERPARAMETERS: dict[str, Hyperparameter] = {
+    "lr": Hyperparameter(_learning_rate),
+    "betas": Hyperparameter(_betas, rule="adam"),
+    "momentum": Hyperparameter(_below_one, "number", "sgd"),
+    "eps": Hyperparameter(_positive, "number", "adam"),
+    "weight_decay": Hyperparameter(_at_least_zero),
+    "gamma": Hyperparameter(_at_most_one, "number", is_agreed=True, is_torchs=False),
+    "damping_eps": Hyperparameter(_at_least_zero, "number", is_agreed=True, is_torchs=False),
+    "scope": Hyperparameter(_one_of(*SCOPES), "word", is_agreed=True, is_torchs=False),
+    "step_size": Hyperparameter(_any, "word", is_agreed=True, is_torchs=False),  # see `validate_step_size`
+    "torque_steps": Hyperparameter(_torque_steps, "optional integer", is_agreed=True, is_torchs=False),
+    "nonfinite": Hyperparameter(_one_of(*NONFINITE), "word", is_agreed=True, is_torchs=False),
+    "max_grad_norm": Hyperparameter(_max_grad_norm, is_agreed=True, is_torchs=False),
+    "maximize": Hyperparameter(_flag, "flag"),
+    "foreach": Hyperparameter(_optional_flag, "optional flag"),
+    "fused": Hyperparameter(_optional_flag, "optional flag", "adam"),
+    "capturable": Hyperparameter(_flag, "flag", "adam"),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from array import array
-from itertools import chain
 
 import pytest
 import torch
@@ -221,15 +220,3 @@ def test_a_moment_of_which_nothing_is_left_has_no_angle(options, kernels, monkey
         parameter.grad = torch.tensor([grad])
         optimizer.step()
     assert float(parameter) == pytest.approx(1.0, abs=1e-6)
-
-
-def test_the_kernels_take_the_fields_in_their_order():
-    """The struct of scalar_stage.h has the names of `Numbers`."""
-    source = library.SOURCE.with_name("scalar_stage.h").read_text()
-    struct = source[source.index("typedef struct {") : source.index("} numbers;")]
-    names = chain.from_iterable(
-        line.strip().removeprefix("double ").removesuffix(";").split(", ")
-        for line in struct.splitlines()
-        if line.strip().startswith("double ")
-    )
-    assert tuple(names) == Numbers._fields

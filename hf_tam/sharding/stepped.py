@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_tam import update
+from hf_tam.hyperparameters import HYPERPARAMETERS
 from hf_tam.sharding.ownership import kind_of
 from hf_tam.sharding.reducer import ParameterReducer, Reducer
 from hf_tam.sharding.terms import DECAYS, LOADED, Row, Shared, Terms
@@ -21,7 +22,7 @@ __all__ = ["Stepped", "digest", "no_sums"]
 
 # What decides what is communicated, or what all ranks do with the sums; no schedule moves it.
 _STEERING = ("scope", "nonfinite", "step_size", "torque_steps", "max_grad_norm")
-_COMPARED = (*_STEERING, "gamma", "damping_eps")
+_COMPARED = tuple(name for name, known in HYPERPARAMETERS.items() if known.is_agreed)
 _SAMPLES = 256
 """Elements by which a tensor is known again."""
 

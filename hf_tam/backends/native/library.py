@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from hf_tam.backends.native import private
+from hf_tam.update import Numbers
 
 __all__ = ["SWITCH", "load", "why_not", "why_not_kept"]
 
@@ -36,7 +37,8 @@ SWITCH = "HF_TAM_NATIVE"
 """Set it to 0 to use torch's kernels."""
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_NUMBERS = f"-DNUMBERS={','.join(Numbers._fields)}"
+_FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", _NUMBERS)
 # Those of torch.backends.cpu.get_cpu_capability(), spelt out: compilers before gcc 11 and clang 12 do not know
 # x86-64-v3 and v4, zig has other names for them, and they stand for instructions that torch does not look for.
 _AVX2 = ("-mavx2", "-mfma")

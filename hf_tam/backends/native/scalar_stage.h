@@ -5,10 +5,9 @@
 #include "sums.h"
 #include "updates.h"
 
-/* The hyperparameters of a param group: the fields of update.Numbers, in their order. */
+/* The hyperparameters of a param group: the fields of update.Numbers in their order, which library.py says. */
 typedef struct {
-    double lr, weight_decay, coupled_decay, beta1, log_beta1, beta2, log_beta2, second_weight, eps;
-    double gamma, damping_eps, torque_steps, unit, neutral;
+    double NUMBERS;
 } numbers;
 
 typedef union {

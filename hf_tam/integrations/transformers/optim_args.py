@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 
+from hf_tam.hyperparameters import HYPERPARAMETERS
+
 OptimArg = bool | int | float | str | None
 
 
@@ -19,31 +21,31 @@ def _optional(read: Callable[[str], bool | int]) -> Callable[[str], OptimArg]:
     return lambda text: None if text.lower() == "none" else read(text)
 
 
-_SWITCH = (_optional(_boolean), "true, false or none")
-_NUMBER = (float, "a number")
-_WORD = (str, "a word")
+# For each kind of `hf_tam.hyperparameters.Hyperparameter` how a text is read, and what an error calls it. Ranges and
+# words are the optimizer's to check.
+_READERS: dict[str, tuple[Callable[[str], OptimArg], str]] = {
+    "number": (float, "a number"),
+    "word": (str, "a word"),
+    "flag": (_boolean, "true or false"),
+    "optional flag": (_optional(_boolean), "true, false or none"),
+    "optional integer": (_optional(int), "a whole number or none"),
+}
+_FOR_THE_TRAINER = ("log_torque", "fused_clip")  # and not for the constructor
+_SPELT_OUT = {"betas": ("beta1", "beta2")}
 
-# One entry a key: how its text is read, and the type that an error names. The optimizer checks ranges and words.
-_SHARED_KEYS: dict[str, tuple[Callable[[str], OptimArg], str]] = {
-    "gamma": _NUMBER,
-    "damping_eps": _NUMBER,
-    "scope": _WORD,
-    "step_size": _WORD,
-    "torque_steps": (_optional(int), "a whole number or none"),
-    "nonfinite": _WORD,
-    "maximize": (_boolean, "true or false"),
-    "foreach": _SWITCH,
-    "log_torque": (_boolean, "true or false"),  # this and the next one: for the Trainer, not for the constructor
-    "fused_clip": (_boolean, "true or false"),
-}
-_ADAM_KEYS = _SHARED_KEYS | {
-    "beta1": _NUMBER,
-    "beta2": _NUMBER,
-    "eps": _NUMBER,
-    "fused": _SWITCH,
-    "capturable": (_boolean, "true or false"),
-}
-KEYS = {"adatamw": _ADAM_KEYS, "adatam": _ADAM_KEYS, "tam": _SHARED_KEYS | {"momentum": _NUMBER}}
+
+def _keys(rule: str) -> dict[str, tuple[Callable[[str], OptimArg], str]]:
+    """One entry a key that `optim_args` may have for the optimizers of this rule."""
+    keys = {}
+    for name, known in HYPERPARAMETERS.items():
+        if known.rule in (None, rule):
+            if known.kind is not None:
+                keys[name] = _READERS[known.kind]
+            keys.update(dict.fromkeys(_SPELT_OUT.get(name, ()), _READERS["number"]))
+    return keys | dict.fromkeys(_FOR_THE_TRAINER, _READERS["flag"])
+
+
+KEYS = {"adatamw": _keys("adam"), "adatam": _keys("adam"), "tam": _keys("sgd")}
 
 # What the Trainer has an argument of its own for, or what torch calls by another name.
 _ELSEWHERE = {
