@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import re
@@ -93,6 +94,21 @@ def test_the_optimizer_example_runs(capsys):
     (example,) = blocks(README, "python")
     exec(example, {})
     assert capsys.readouterr().out == "tensor([0.5000, 0.5000])\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/arguments.md"])
+def test_the_arguments_have_these_defaults(page):
+    from hf_tam.integrations.optim_args import KEYS
+
+    text = (ROOT / page).read_text().partition("argument")[2]
+    found = dict(re.findall(r"^(?:\*|\|) `(\w+)` (?:\(|\| )`?([\w.-]+)`?(?: \||\))", text, flags=re.MULTILINE))
+    parameters = inspect.signature(hf_tam.AdaTAMW).parameters
+    ours = ["gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite", "max_grad_norm"]
+    assert list(found) == ours
+    assert {name: str(parameters[name].default).lower() for name in ours} == {
+        name: str(float(value)) if value[0].isdigit() else value for name, value in found.items()
+    }
+    assert set(ours) - set(KEYS["adatamw"]) == {"max_grad_norm"}
 
 
 def before_and_after():
