@@ -1,4 +1,4 @@
-"""The measured comparisons: the README's overview, and comparisons.md beside this file with all their tables.
+"""The measured comparisons: the overview in docs/measured.md, and comparisons.md beside this file with all tables.
 
     python -m recipes.results.evidence            prints the overview
     python -m recipes.results.evidence --page     prints comparisons.md
@@ -61,7 +61,7 @@ def overview(folder: Path = FOLDER) -> str:
         folder: Where the rows are.
 
     Returns:
-        Markdown.
+        Markdown, with links as from a page of docs/.
     """
     lines = [
         "| comparison | metric | baseline: learning rate, test | with torque: learning rate, test"
@@ -136,7 +136,7 @@ def _line(plan: Plan, baseline: Outcome, outcome: Outcome) -> str:
     difference = outcome.difference
     assert difference is not None
     change = printing.interval(plan, difference.estimate, sign="+")
-    link = f"[{plan.name}](recipes/results/comparisons.md#{plan.name})"
+    link = f"[{plan.name}](../recipes/results/comparisons.md#{plan.name})"
     metric = plan.test_metric.removeprefix("test_") + printing.unit(plan)
     return f"| {link} | {metric} | {told(baseline)} | {told(outcome)} | {change} | {difference.verdict} |"
 

@@ -1,4 +1,4 @@
-"""The README's table of speed, from the bench-*.json files in this folder: `python -m recipes.results.speed`.
+"""The tables of docs/speed.md, from the bench-*.json files in this folder: `python -m recipes.results.speed`.
 
 The ratios are taken again from the raw times of the files, which `hf-tam bench` wrote; what no file holds is said to
 be not measured yet.

@@ -1,4 +1,4 @@
-"""The README's table of measured results, from the rows in this folder: `python -m recipes.results.summary`.
+"""The older table of comparisons.md, from rows in this folder: `python -m recipes.results.summary`.
 
 Each row of `banking77-minilm.jsonl` is one run of `recipes/classify.py`, as its results.json has it.
 """

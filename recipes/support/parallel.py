@@ -85,7 +85,7 @@ def _require_column_wise(plan: dict[str, str], targets: list[str]) -> None:
 
 
 def describe_strategy(accelerator: Accelerator) -> str:
-    """Name how the processes share the work, as the README's table does."""
+    """Name how the processes share the work, as the table of docs/strategies.md does."""
     kind, num_processes = accelerator.distributed_type, accelerator.num_processes
     if kind == DistributedType.DEEPSPEED:
         name = f"ZeRO-{_zero_stage(accelerator)}"
