@@ -98,7 +98,7 @@ def test_the_optimizer_example_runs(capsys):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/arguments.md"])
 def test_the_arguments_have_these_defaults(page):
-    from hf_tam.integrations.optim_args import KEYS
+    from hf_tam.integrations.transformers.optim_args import KEYS
 
     text = (ROOT / page).read_text().partition("argument")[2]
     found = dict(re.findall(r"^(?:\*|\|) `(\w+)` (?:\(|\| )`?([\w.-]+)`?(?: \||\))", text, flags=re.MULTILINE))
@@ -164,9 +164,9 @@ def test_the_citation_is_of_this_version():
 def test_the_picture_is_that_of_the_recorded_run():
     """Drawn again; letters may be drawn a little otherwise by another matplotlib."""
     image = pytest.importorskip("matplotlib.image")
-    from hf_tam.report.figures import draw_all
-    from hf_tam.report.grouping import group_runs
-    from hf_tam.report.reading import read_runs
+    from hf_tam.lab.report.figures import draw_all
+    from hf_tam.lab.report.grouping import group_runs
+    from hf_tam.lab.report.reading import read_runs
 
     (run,) = read_runs([ROOT / "recipes/results/sft-demo"])
     (picture,) = draw_all(group_runs([dataclasses.replace(run, metrics=[])], by=None))
