@@ -30,6 +30,10 @@ class TorqueAware(Optimizer, ABC):
     A step takes the partial sums of every tensor, makes them those of whole logical tensors, turns them into one
     angle a tensor (or one for all), and hands each tensor's coefficients to a backend. On an accelerator, or with
     `capturable`, no number of it is ever read by the host.
+
+    Attributes:
+        logical: Which tensors its parameters are, and how they are kept; for checkpoints, not for users.
+        agreement: What was agreed on with other ranks; likewise.
     """
 
     step_sizes: ClassVar[tuple[str, ...]]

@@ -51,7 +51,7 @@ class TestTrainer:
         class Noting(Rates):
             def on_train_end(self, args, state, control, optimizer=None, **kwargs):
                 inner = runs.unwrapped_twice(optimizer)
-                seen.append((type(inner), inner.defaults["lr"], inner._logical.is_partitioned(inner.param_groups)))
+                seen.append((type(inner), inner.defaults["lr"], inner.logical.is_partitioned(inner.param_groups)))
 
         trainer = Trainer(
             args=training_arguments(tmp_path, **options(stock(1, params=ALL_AUTO), eval_strategy="no")),
