@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch import Tensor
 
 SCOPES = ("tensor", "model")
 NONFINITE = ("skip", "raise", "propagate")
@@ -39,10 +43,16 @@ def validate(hyperparameters: Mapping[str, Any]) -> None:
             HYPERPARAMETERS[name].check(name, value)
     if hyperparameters.get("foreach") and hyperparameters.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if isinstance(hyperparameters.get("lr"), Tensor) and "betas" in hyperparameters:
+    if _is_tensor(hyperparameters.get("lr")) and "betas" in hyperparameters:
         # As torch.optim.AdamW; torch.optim.SGD, and so TAM, has no such limit.
         if hyperparameters.get("foreach") and not hyperparameters.get("capturable"):
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Arguments are checked without torch too; a tensor cannot be there before it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _refuse(name: str, value: object, accepted: str) -> None:
@@ -68,7 +78,7 @@ def plain_numbers(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: plain(value)
         for name, value in hyperparameters.items()
-        if name in HYPERPARAMETERS and not (name == "lr" and isinstance(value, Tensor))
+        if name in HYPERPARAMETERS and not (name == "lr" and _is_tensor(value))
     }
 
 
@@ -77,7 +87,7 @@ def _number(value: object) -> float | None:
 
 
 def _learning_rate(name: str, value: object) -> None:
-    if isinstance(value, Tensor):
+    if _is_tensor(value):
         if value.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if value.device.type != "cpu":

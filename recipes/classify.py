@@ -14,43 +14,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from transformers import (
     DataCollatorWithPadding,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import adapters, classification, encoder_task, models, parallel, reporting, training
-from recipes.support.arguments import ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support import adapters, classification, encoder_task, models, parallel, parsers, reporting, training
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import exit_with_one_line
 from recipes.support.label_metrics import make_compute_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
 
-DEMO_CONFIG = CONFIGS / "demo" / "classify.yaml"
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [RunArguments, ModelArguments, ClassifyDataArguments, LoraArguments, TrainingArguments],
-        prog="classify.py",
-        description="Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/classify",
-        optim="adatamw",
-        learning_rate=1e-3,
-        warmup_steps=0.1,
-        logging_steps=10,
-        save_total_limit=2,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **precision_of_the_launch(),
-    )
-    return parser
+make_parser, DEMO_CONFIG = parsers.classify, parsers.DEMO_CONFIGS["classify"]
 
 
 @exit_with_one_line

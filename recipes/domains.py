@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
@@ -25,14 +24,14 @@ from recipes.support import (
     classification,
     encoder_demo,
     encoder_task,
+    parsers,
     records,
     sequence_report,
     training,
 )
-from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments, RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support.arguments import DEMO, ClassifyDataArguments
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.domain_sequence import (
-    DomainArguments,
     candidate_labels,
     cut,
     domain_metrics,
@@ -41,29 +40,10 @@ from recipes.support.domain_sequence import (
     train_through,
 )
 from recipes.support.errors import RecipeError, exit_with_one_line
+from recipes.support.task_arguments import DomainArguments
 
-DEMO_CONFIG = CONFIGS / "demo" / "domains.yaml"
+make_parser, DEMO_CONFIG = parsers.domains, parsers.DEMO_CONFIGS["domains"]
 _INTENTS_A_DOMAIN = 3
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [RunArguments, ModelArguments, ClassifyDataArguments, DomainArguments, LoraArguments, TrainingArguments],
-        prog="domains.py",
-        description="Train a text classifier through a sequence of domains. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/domains",
-        optim="adatamw",
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        logging_steps=10,
-        save_strategy="no",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **precision_of_the_launch(),
-    )
-    return parser
 
 
 @exit_with_one_line

@@ -15,7 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from datasets import Dataset
 from peft import TaskType
 from transformers import AutoModelForCausalLM, set_seed
@@ -27,46 +26,21 @@ from recipes.support import (
     generation,
     models,
     parallel,
+    parsers,
     preference_metrics,
     preferences,
     sft_data,
     sft_report,
     training,
 )
-from recipes.support.arguments import DEMO, LoraArguments, ModelArguments, RunArguments
+from recipes.support.arguments import DEMO, LoraArguments, ModelArguments
 from recipes.support.checkpoints import wants_resume
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import exit_with_one_line
 from recipes.support.output import check_disk_space, naming_a_full_disk
 from recipes.support.reporting import warn
-from recipes.support.task_arguments import PreferenceDataArguments
 
-DEMO_CONFIG = CONFIGS / "demo" / "dpo-lora.yaml"
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [RunArguments, ModelArguments, PreferenceDataArguments, LoraArguments, DPOConfig],
-        prog="dpo.py",
-        description="Teach a causal language model preferences by DPO. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/dpo",
-        optim="adatamw",
-        learning_rate=5e-5,
-        warmup_steps=0.1,
-        logging_steps=10,
-        eval_strategy="epoch",
-        eval_on_start=True,
-        save_strategy="epoch",
-        save_total_limit=2,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        # As in the other recipes, and not as in TRL, these are off until they are asked for.
-        **{"bf16": False, "gradient_checkpointing": False, **precision_of_the_launch()},
-    )
-    return parser
+make_parser, DEMO_CONFIG = parsers.dpo, parsers.DEMO_CONFIGS["dpo"]
 
 
 @exit_with_one_line

@@ -35,6 +35,7 @@ from recipes.support import (
     models,
     packing,
     parallel,
+    parsers,
     reporting,
     sft_data,
     sft_model,
@@ -47,13 +48,12 @@ from recipes.support.arguments import (
     LoopArguments,
     LoraArguments,
     RunArguments,
-    SftDataArguments,
     SftModelArguments,
 )
 from recipes.support.causal_metrics import reduce_logits, token_losses
 from recipes.support.checkpoints import choose_checkpoint, wants_resume
 from recipes.support.completion import IGNORED
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.interruption import Interruption, announce_stop, checkpoint_written
 from recipes.support.loop_log import LoopLog
@@ -65,7 +65,7 @@ from recipes.support.output import (
     remove_earlier_run,
 )
 
-DEMO_CONFIG = CONFIGS / "demo" / "no-trainer-lora.yaml"
+make_parser, DEMO_CONFIG = parsers.no_trainer, parsers.DEMO_CONFIGS["no_trainer"]
 
 
 @dataclass
@@ -80,15 +80,6 @@ class Job:
     train_loader: Any
     eval_loader: Any
     log: LoopLog
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument."""
-    return RecipeParser(
-        [RunArguments, SftModelArguments, SftDataArguments, LoraArguments, LoopArguments],
-        prog="no_trainer.py",
-        description="Fine-tune a causal language model in a hand-written loop. Without arguments: the embedded demo.",
-    )
 
 
 @exit_with_one_line

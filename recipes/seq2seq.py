@@ -14,7 +14,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from datasets import Dataset
 from peft import TaskType
 from transformers import (
@@ -26,35 +25,24 @@ from transformers import (
 )
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import adapters, models, parallel, seq2seq_data, seq2seq_demo, sft_report, text_metrics, training
-from recipes.support.arguments import DEMO, LoraArguments, ModelArguments, RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support import (
+    adapters,
+    models,
+    parallel,
+    parsers,
+    seq2seq_data,
+    seq2seq_demo,
+    sft_report,
+    text_metrics,
+    training,
+)
+from recipes.support.arguments import DEMO, LoraArguments, ModelArguments
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.output import check_disk_space, naming_a_full_disk
 from recipes.support.task_arguments import Seq2SeqDataArguments
 
-DEMO_CONFIG = CONFIGS / "demo" / "seq2seq.yaml"
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [RunArguments, ModelArguments, Seq2SeqDataArguments, LoraArguments, Seq2SeqTrainingArguments],
-        prog="seq2seq.py",
-        description="Fine-tune a T5-style model on sources and targets. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/seq2seq",
-        optim="adatamw",
-        learning_rate=1e-3,
-        warmup_steps=0.05,
-        logging_steps=10,
-        predict_with_generate=True,
-        save_total_limit=2,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **precision_of_the_launch(),
-    )
-    return parser
+make_parser, DEMO_CONFIG = parsers.seq2seq, parsers.DEMO_CONFIGS["seq2seq"]
 
 
 @exit_with_one_line

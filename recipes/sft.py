@@ -14,10 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from datasets import Dataset
 from peft import TaskType
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
@@ -31,42 +30,19 @@ from recipes.support import (
     models,
     packing,
     parallel,
+    parsers,
     sft_data,
     sft_model,
     sft_report,
     training,
 )
-from recipes.support.arguments import DEMO, LoraArguments, SftDataArguments, SftModelArguments, SftRunArguments
+from recipes.support.arguments import DEMO
 from recipes.support.checkpoints import wants_resume
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import exit_with_one_line
 from recipes.support.output import check_disk_space, naming_a_full_disk
 
-DEMO_CONFIG = CONFIGS / "demo" / "sft-lora.yaml"
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [SftRunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
-        prog="sft.py",
-        description="Fine-tune a causal language model on your records. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/sft",
-        optim="adatamw",
-        learning_rate=2e-4,
-        warmup_steps=0.05,
-        logging_steps=10,
-        eval_strategy="epoch",
-        eval_on_start=True,
-        save_strategy="epoch",
-        save_total_limit=2,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **precision_of_the_launch(),
-    )
-    return parser
+make_parser, DEMO_CONFIG = parsers.sft, parsers.DEMO_CONFIGS["sft"]
 
 
 @exit_with_one_line

@@ -9,63 +9,19 @@ demo: a small ResNet on scikit-learn's digits, offline.
 
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import image_data, image_model, sequence_report, training
-from recipes.support.arguments import RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support import image_data, image_model, parsers, sequence_report, training
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.label_shift import Labels, sequence_metrics, train_through
-from recipes.support.task_arguments import VisionDataArguments, VisionModelArguments
 
-DEMO_CONFIG = CONFIGS / "demo" / "shift.yaml"
-
-
-@dataclass
-class ShiftArguments:
-    """The sequence of tasks."""
-
-    num_tasks: int = field(default=20, metadata={"help": "How many tasks, each of num_train_epochs (or max_steps)."})
-    flip_fraction: float = field(default=0.4, metadata={"help": "Share of the classes whose labels are permuted."})
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ValueError: an argument is out of its range.
-        """
-        if self.num_tasks < 2:
-            raise ValueError(f"num_tasks = {self.num_tasks}: must be at least 2, or nothing shifts.")
-        if not 0.0 <= self.flip_fraction <= 1.0:
-            raise ValueError(f"flip_fraction = {self.flip_fraction}: must be from 0 to 1.")
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [RunArguments, VisionModelArguments, VisionDataArguments, ShiftArguments, TrainingArguments],
-        prog="shift.py",
-        description="Train an image classifier through a sequence of tasks. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/shift",
-        optim="adatamw",
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        logging_steps=10,
-        save_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **precision_of_the_launch(),
-    )
-    return parser
+make_parser, DEMO_CONFIG = parsers.shift, parsers.DEMO_CONFIGS["shift"]
 
 
 @exit_with_one_line

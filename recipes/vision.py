@@ -14,41 +14,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import adapters, image_adapter, image_data, image_model, models, parallel, reporting, training
-from recipes.support.arguments import LoraArguments, RunArguments
-from recipes.support.config import CONFIGS, RecipeParser, parse_recipe_arguments, precision_of_the_launch
+from recipes.support import (
+    adapters,
+    image_adapter,
+    image_data,
+    image_model,
+    models,
+    parallel,
+    parsers,
+    reporting,
+    training,
+)
+from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.label_metrics import make_compute_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
-from recipes.support.task_arguments import VisionDataArguments, VisionModelArguments
 
-DEMO_CONFIG = CONFIGS / "demo" / "vision.yaml"
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
-        [RunArguments, VisionModelArguments, VisionDataArguments, LoraArguments, TrainingArguments],
-        prog="vision.py",
-        description="Fine-tune an image classifier. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/vision",
-        optim="adatamw",
-        learning_rate=1e-3,
-        warmup_steps=0.1,
-        logging_steps=10,
-        save_total_limit=2,
-        # The columns that the model does not know are those that the images are made of.
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **precision_of_the_launch(),
-    )
-    return parser
+make_parser, DEMO_CONFIG = parsers.vision, parsers.DEMO_CONFIGS["vision"]
 
 
 @exit_with_one_line

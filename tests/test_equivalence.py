@@ -11,6 +11,7 @@ import hf_tam
 from hf_tam.backends import native
 from tests.cases import CASES, backends_of, takes_tensor_lr
 from tests.running import CASES_BY_NAME, _assert_moment, assert_same, real_f64, run, run_reference
+from tests.tables import check_rows
 
 PAIRS = [
     (str(case), backend)
@@ -18,8 +19,26 @@ PAIRS = [
     for backend in backends_of(case.optimizer)
     if takes_tensor_lr(case.optimizer, backend) or not case.tensor_lr
 ]
-EACH = pytest.mark.parametrize(("name", "backend"), PAIRS)
-EACH_BUT_SINGLE = pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[1] != "single"])
+# What holds of every case alike is one test a backend, which goes through the cases and names those that fail.
+BACKENDS = [(optimizer, backend) for optimizer in ("AdaTAMW", "AdaTAM", "TAM") for backend in backends_of(optimizer)]
+
+
+def _together(first, backend):
+    """Parameters of a test that shares its runs with all that are of the same optimizer and backend."""
+    group = f"cases of {first.partition('-')[0]} {backend}"
+    return pytest.param(first, backend, marks=pytest.mark.xdist_group(group))
+
+
+EACH = pytest.mark.parametrize(("name", "backend"), [_together(*pair) for pair in PAIRS])
+EACH_BACKEND = pytest.mark.parametrize(("optimizer", "backend"), [_together(*pair) for pair in BACKENDS])
+EACH_BACKEND_BUT_SINGLE = pytest.mark.parametrize(
+    ("optimizer", "backend"), [_together(*pair) for pair in BACKENDS if pair[1] != "single"]
+)
+
+
+def cases_of(optimizer, backend):
+    names = [name for name, other in PAIRS if other == backend]
+    return {name: (name, backend) for name in names if CASES_BY_NAME[name].optimizer == optimizer}
 
 
 @EACH
@@ -27,8 +46,13 @@ def test_agrees_with_the_reference(name, backend):
     assert_same(CASES_BY_NAME[name], run(name, backend), run_reference(name))
 
 
-@EACH_BUT_SINGLE
-def test_backends_keep_the_same_state(name, backend):
+@EACH_BACKEND_BUT_SINGLE
+def test_backends_keep_the_same_state(optimizer, backend):
+    """As the readable one does, in every case."""
+    check_rows(_keeps_the_state_of_single, cases_of(optimizer, backend))
+
+
+def _keeps_the_state_of_single(name, backend):
     case, actual, expected = CASES_BY_NAME[name], run(name, backend), run(name, "single")
     assert_same(case, actual, expected)
     for index, (left, right) in enumerate(zip(actual.snapshots, expected.snapshots, strict=True)):
@@ -44,8 +68,12 @@ def test_backends_keep_the_same_state(name, backend):
                 _assert_moment(real_f64(mine), real_f64(theirs), case.tolerance(index).state, where)
 
 
-@EACH
-def test_state_is_what_torch_would_allocate(name, backend):
+@EACH_BACKEND
+def test_state_is_what_torch_would_allocate(optimizer, backend):
+    check_rows(_allocates_as_torch, cases_of(optimizer, backend))
+
+
+def _allocates_as_torch(name, backend):
     case = CASES_BY_NAME[name]
     moments = {"momentum_buffer"} if case.optimizer == "TAM" else {"exp_avg", "exp_avg_sq"}
     scalars = {"step", "torque"} if case.optimizer == "TAM" else {"step", "torque", "exp_avg_scale"}

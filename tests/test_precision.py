@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import itertools
+
 import torch
 from torch import nn
 
-from tests.test_properties import EVERY_BACKEND, SCOPES, fresh_parameters, make
+from tests.tables import check_rows
+from tests.test_properties import EVERY_BACKEND, fresh_parameters, make
 from tests.test_torch_contract import assert_bitwise, set_gradients, walk
 
 
@@ -18,11 +20,13 @@ def _snapshot(optimizer, parameters):
 
 
 @EVERY_BACKEND
-@SCOPES
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-@pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
-def test_grad_scaler(name, backend, scope, bad, nonfinite):
+def test_grad_scaler(name, backend):
     """Scaled steps equal unscaled ones; found_inf leaves parameters and every state as they were."""
+    rows = itertools.product(("tensor", "model"), (float("inf"), float("nan")), ("skip", "raise", "propagate"))
+    check_rows(_scales, {f"scope={row[0]} {row[1]} nonfinite={row[2]}": (name, backend, *row) for row in rows})
+
+
+def _scales(name, backend, scope, bad, nonfinite):
     parameters, twins = fresh_parameters(), fresh_parameters()
     optimizer = make(name, parameters, backend, scope=scope, nonfinite=nonfinite)
     twin = make(name, twins, backend, scope=scope, nonfinite=nonfinite)

@@ -113,7 +113,7 @@ def copy(parsed: argparse.Namespace) -> int:
 
 
 def validate(parsed: argparse.Namespace) -> int:
-    """Have each recipe's own parser read the files that are for it.
+    """Have each recipe's own parser read the files that are for it, all in one process.
 
     Returns:
         1 if a file is wrong or cannot be read, else 0.
@@ -122,16 +122,13 @@ def validate(parsed: argparse.Namespace) -> int:
         return _complain(f"the recipes need {', '.join(missing)}: pip install 'hf-tam[recipes]'")
     try:
         folder = recipe_files.find_folder()
-        by_script = _sort_by_recipe(parsed.files, parsed.recipe, recipe_files.list_files(folder))
+        scripts = _with_recipes(parsed.files, parsed.recipe, recipe_files.list_files(folder))
     except (LookupError, OSError, UnicodeDecodeError) as error:
         return _complain(_message(error))
     # Messages of libraries about the machine would stand between the results.
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    statuses = [
-        subprocess.run([sys.executable, "-c", _VALIDATE, str(folder), script, *files], env=environment).returncode
-        for script, files in by_script.items()
-    ]
-    return int(any(statuses))
+    words = [f"{script}={path}" for script, path in scripts]
+    return int(subprocess.run([sys.executable, "-c", _VALIDATE, str(folder), *words], env=environment).returncode != 0)
 
 
 def _find(name: str) -> RecipeFile:
@@ -168,10 +165,10 @@ def _say_what_to_run(file: RecipeFile, target: Path, *, num_files: int) -> None:
         print(f"wrote {target}; use it with: {command}")
 
 
-def _sort_by_recipe(paths: list[str], recipe: str | None, files: list[RecipeFile]) -> dict[str, list[str]]:
-    """Group the paths by the module of their script."""
+def _with_recipes(paths: list[str], recipe: str | None, files: list[RecipeFile]) -> list[tuple[str, str]]:
+    """Put before each path the module of its script."""
     scripts = {file.path.name for file in files if file.kind == "script"}
-    groups: dict[str, list[str]] = {}
+    found = []
     for path in paths:
         script = recipe or recipe_files.recipe_of(Path(path).read_text(encoding="utf-8")) or "sft.py"
         script = script if script.endswith(".py") else f"{script}.py"
@@ -179,8 +176,8 @@ def _sort_by_recipe(paths: list[str], recipe: str | None, files: list[RecipeFile
             raise LookupError(
                 f"{path} is for {script}, which is no recipe: --recipe takes {', '.join(sorted(scripts))}"
             )
-        groups.setdefault(script.removesuffix(".py"), []).append(path)
-    return groups
+        found.append((script.removesuffix(".py"), path))
+    return found
 
 
 def _message(error: Exception) -> str:

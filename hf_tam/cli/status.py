@@ -111,8 +111,9 @@ def _print_registration() -> int:
         return 1
     from hf_tam.integrations.accelerate import patches as accelerate
     from hf_tam.integrations.transformers import patches as integration
+    from hf_tam.integrations.transformers.optimizer_names import OPTIMIZERS
 
-    names = [f"--optim {name} ({integration.OPTIMIZERS[name]})" for name in integration.registered_names]
+    names = [f"--optim {name} ({OPTIMIZERS[name]})" for name in integration.registered_names]
     print(f"tested with transformers{integration.TESTED_RANGE}")
     print(f"registered: {', '.join(names) or 'nothing'}")
     print(f"patched: {', '.join(dict.fromkeys([*integration.patched, *accelerate.patched]))}")

@@ -75,6 +75,12 @@ class PostImportHook:
 
 def _register(module: ModuleType) -> None:
     # Imported here and not above: this runs once the library is there, and may load torch.
+    if sys.modules.get("torch", sys) is None:  # a process that keeps torch out, and only reads training arguments
+        if module.__name__ == "transformers.training_args":
+            from hf_tam.integrations.transformers import optimizer_names
+
+            optimizer_names.register_without_torch(module)
+        return
     from hf_tam.integrations.accelerate import patches as accelerate
     from hf_tam.integrations.deepspeed import patches as deepspeed
     from hf_tam.integrations.transformers import patches as transformers

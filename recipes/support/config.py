@@ -78,11 +78,11 @@ def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config
     return tuple(arguments)
 
 
-def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
-    """Read a YAML mapping as command-line flags.
+def content_of(path: Path) -> dict[Any, Any]:
+    """Read a YAML mapping.
 
     Raises:
-        ValueError: the file is missing, is no flat mapping, or has a key that no flag has.
+        ValueError: the file is missing, or is no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -92,6 +92,16 @@ def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of arguments, not {type(content).__name__}")
+    return content
+
+
+def flags_from_yaml(path: Path, *, known: list[str]) -> list[str]:
+    """Read a YAML mapping as command-line flags.
+
+    Raises:
+        ValueError: the file is missing, is no flat mapping, or has a key that no flag has.
+    """
+    content = content_of(path)
     flags = []
     for key, value in content.items():
         key = key if key in known else FORMER_NAMES.get(key, key)

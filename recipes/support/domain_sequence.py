@@ -1,7 +1,6 @@
 """One domain after another, and what is remembered of those before."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,6 @@ from recipes.support import reporting
 from recipes.support.errors import RecipeError
 from recipes.support.label_shift import sequence_metrics
 from recipes.support.records import Records
-
-
-@dataclass
-class DomainArguments:
-    """The sequence of domains; the scenarios are those of van de Ven and Tolias (2019), arXiv 1904.07734."""
-
-    domain_column: str = field(default="domain", metadata={"help": "Column that says which domain a record is of."})
-    scenario: str = field(
-        default="class_incremental",
-        metadata={
-            "help": "Tell a record's label from the labels of every domain (class_incremental) or, its domain being "
-            "known, from those of its own (task_incremental).",
-            "choices": ["class_incremental", "task_incremental"],
-        },
-    )
 
 
 def domains_of(train: Records, column: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The arguments of the recipes for preferences, for sequences to sequences, and for images."""
+"""The arguments of the recipes for preferences, sequences to sequences, images, and sequences of tasks."""
 
 from dataclasses import dataclass, field
 
@@ -116,3 +116,37 @@ class VisionDataArguments(DatasetArguments):
         super().__post_init__()
         if self.dataset_name and self.train_folder:
             raise ValueError("dataset_name and train_folder exclude each other: name one source of training images.")
+
+
+@dataclass
+class DomainArguments:
+    """The sequence of domains; the scenarios are those of van de Ven and Tolias (2019), arXiv 1904.07734."""
+
+    domain_column: str = field(default="domain", metadata={"help": "Column that says which domain a record is of."})
+    scenario: str = field(
+        default="class_incremental",
+        metadata={
+            "help": "Tell a record's label from the labels of every domain (class_incremental) or, its domain being "
+            "known, from those of its own (task_incremental).",
+            "choices": ["class_incremental", "task_incremental"],
+        },
+    )
+
+
+@dataclass
+class ShiftArguments:
+    """The sequence of tasks."""
+
+    num_tasks: int = field(default=20, metadata={"help": "How many tasks, each of num_train_epochs (or max_steps)."})
+    flip_fraction: float = field(default=0.4, metadata={"help": "Share of the classes whose labels are permuted."})
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        if self.num_tasks < 2:
+            raise ValueError(f"num_tasks = {self.num_tasks}: must be at least 2, or nothing shifts.")
+        if not 0.0 <= self.flip_fraction <= 1.0:
+            raise ValueError(f"flip_fraction = {self.flip_fraction}: must be from 0 to 1.")

@@ -7,8 +7,10 @@ from hf_tam.cli import recipe_files
 from recipes import classify, domains, dpo, no_trainer, seq2seq, sft, shift, vision
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, FORMER_NAMES, flags_from_yaml, parse_recipe_arguments
+from tests.tables import check_rows
 
 CONFIG_FILES = sorted(CONFIGS.rglob("*.yaml"))
+NAMED = {f"{path.parent.name}/{path.stem}": path for path in CONFIG_FILES}
 RECIPES = {
     "sft.py": sft,
     "classify.py": classify,
@@ -33,8 +35,11 @@ def recipe_of(path):
     return RECIPES[recipe_files.recipe_of(path.read_text())]
 
 
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_configuration_is_understood_key_by_key(path, tmp_path):
+def test_shipped_configuration_is_understood_key_by_key(tmp_path):
+    check_rows(_is_understood, {name: (path, tmp_path) for name, path in NAMED.items()})
+
+
+def _is_understood(path, tmp_path):
     run, *groups = parse("--config", str(path), f"--output_dir={tmp_path}", recipe=recipe_of(path))
     values = {name: value for group in groups for name, value in vars(group).items()}
     for key, value in yaml.safe_load(path.read_text()).items():
@@ -49,8 +54,11 @@ def test_shipped_configuration_is_understood_key_by_key(path, tmp_path):
             assert values[name] in (value, [value], [])
 
 
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_configuration_says_what_it_is_for(path):
+def test_shipped_configuration_says_what_it_is_for():
+    check_rows(_says_what_it_is_for, {name: (path,) for name, path in NAMED.items()})
+
+
+def _says_what_it_is_for(path):
     text = "\n".join(header(path))
     for title in ("Purpose:", "Launch:", "Override:", "Hardware:"):
         assert f"# {title}" in text

@@ -24,6 +24,7 @@ from recipes.support.models import count_parameters
 from tests.recipes.architectures import ARCHITECTURES, adapted_model, memory_in_gb
 from tests.recipes.conftest import ROOT
 from tests.recipes.tiny_models import CHAT, build, tiny_config
+from tests.tables import check_rows
 
 KINDS = ("lora", "qlora", "full")
 FIELDS = ["Purpose", "Launch", "Override", "Hardware", "Learning rate", "Trainable", "Source"]
@@ -32,8 +33,8 @@ FILES = [
     for path in sorted(CONFIGS.glob("*/*.yaml"))
     if path.parent.name != "demo" and recipe_of(path.read_text()) == "sft.py"
 ]
+NAMED = {f"{path.parent.name}/{path.stem}": (path,) for path in FILES}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-each_model = pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
 # They share tiny models and the real architectures, which each worker would build again.
 pytestmark = [pytest.mark.xdist_group("configs"), pytest.mark.usefixtures("small_garbage")]
 
@@ -92,8 +93,11 @@ def test_files_are_found():
     assert {content(path)["model_name_or_path"] for path in FILES} == set(ARCHITECTURES)
 
 
-@each_file
-def test_header_has_the_fixed_form(path):
+def test_header_has_the_fixed_form():
+    check_rows(_has_the_fixed_form, NAMED)
+
+
+def _has_the_fixed_form(path):
     header = read_header(path.read_text())
     assert list(header) in (FIELDS, [*FIELDS, "Not here"])
     assert all(header.values())
@@ -101,8 +105,11 @@ def test_header_has_the_fixed_form(path):
     assert max(len(line) for line in path.read_text().splitlines()) <= 119
 
 
-@each_file
-def test_launch_line_is_for_this_file(path):
+def test_launch_line_is_for_this_file():
+    check_rows(_is_launched_by_its_line, NAMED)
+
+
+def _is_launched_by_its_line(path):
     words = shlex.split(read_header(path.read_text())["Launch"])
     assert ROOT / words[words.index("--config") + 1] == path
     assert (ROOT / next(word for word in words if word.endswith(".py"))).is_file()
@@ -111,8 +118,11 @@ def test_launch_line_is_for_this_file(path):
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
 
 
-@each_file
-def test_override_example_is_understood(path):
+def test_override_example_is_understood():
+    check_rows(_example_is_understood, NAMED)
+
+
+def _example_is_understood(path):
     example = number(r"for example ([^;]+)", read_header(path.read_text())["Override"])
     flags = shlex.split(example)
     values = {name: value for group in parse("--config", str(path), *flags) for name, value in vars(group).items()}
@@ -121,15 +131,21 @@ def test_override_example_is_understood(path):
         assert actual == (float(value) if isinstance(actual, float) else yaml.safe_load(value))
 
 
-@each_file
-def test_learning_rate_is_explained(path):
+def test_learning_rate_is_explained():
+    check_rows(_learning_rate_is_explained, NAMED)
+
+
+def _learning_rate_is_explained(path):
     text = read_header(path.read_text())["Learning rate"]
     assert float(number(r"^(\d\S*): ", text)) == float(content(path)["learning_rate"])
     assert len(text) > 60
 
 
-@each_model
-def test_what_is_not_there_is_explained(folder):
+def test_what_is_not_there_is_explained():
+    check_rows(_missing_files_are_explained, {path.parent.name: (path.parent,) for path in FILES})
+
+
+def _missing_files_are_explained(folder):
     missing = read_header((folder / "lora.yaml").read_text()).get("Not here", "")
     for kind in KINDS:
         assert (folder / f"{kind}.yaml").is_file() is not bool(re.search(rf"(^| ){kind}\.yaml: ", missing)), kind

@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_tam")
 
 
-def max_grad_norm(args: Any) -> float | None:
-    """What `optim_args=fused_clip=true` hands over to the optimizer.
-
-    Args:
-        args: TrainingArguments.
-
-    Returns:
-        `args.max_grad_norm`; None where there is nothing to clip to, or where the engine of DeepSpeed clips.
-    """
-    limit: float | None = args.max_grad_norm
-    return limit if limit is not None and limit > 0.0 and args.deepspeed_plugin is None else None
-
-
 def clipping_inside(trainer: Any) -> TorqueAware | None:
     """The optimizer of a Trainer, if its step makes the clipping of the Trainer superfluous; else None.
 

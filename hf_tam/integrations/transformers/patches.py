@@ -31,12 +31,12 @@ from hf_tam.integrations.transformers.checkpoint import (
     require_resumable,
     write_checksums,
 )
-from hf_tam.integrations.transformers.clipping import max_grad_norm, prepare_clipping, take_over_clipping
+from hf_tam.integrations.transformers.clipping import prepare_clipping, take_over_clipping
 from hf_tam.integrations.transformers.optim_args import format_optim_args, parse_optim_args
+from hf_tam.integrations.transformers.optimizer_names import OPTIMIZERS, add_member, constructor_kwargs, unusable
 from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
 from hf_tam.integrations.wrapped import find_ours
 
-OPTIMIZERS = {"adatamw": "AdaTAMW", "adatam": "AdaTAM", "tam": "TAM"}
 TESTED_RANGE = ">=5.2,<6"
 
 logger = logging.getLogger("hf_tam")
@@ -70,15 +70,7 @@ def optimizer_class_and_kwargs(args: Any) -> tuple[type, dict[str, Any]]:
     """
     from hf_tam import optim
 
-    values: dict[str, Any] = dict(parse_optim_args(args.optim, args.optim_args))
-    values.pop("log_torque", None)
-    kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if values.pop("fused_clip", False):
-        kwargs["max_grad_norm"] = max_grad_norm(args)
-    if args.optim != "tam":
-        betas = (values.pop("beta1", args.adam_beta1), values.pop("beta2", args.adam_beta2))
-        kwargs |= {"betas": betas, "eps": args.adam_epsilon}
-    return getattr(optim, OPTIMIZERS[args.optim]), kwargs | values
+    return getattr(optim, OPTIMIZERS[args.optim]), constructor_kwargs(args)
 
 
 def check_arguments(args: Any) -> None:
@@ -119,8 +111,7 @@ def _try_constructor(args: Any) -> None:
     try:
         optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
     except (TypeError, ValueError) as error:
-        given = f" with optim_args {args.optim_args!r}" if args.optim_args else ""
-        raise ValueError(f"--optim {args.optim}{given} cannot be used: {error}") from error
+        raise unusable(args, error) from error
 
 
 def _extend_training_arguments(module: ModuleType) -> None:
@@ -133,26 +124,11 @@ def _extend_training_arguments(module: ModuleType) -> None:
         if name in taken:
             _defer(name)
         else:
-            _add_member(module.OptimizerNames, name)
+            add_member(module.OptimizerNames, name)
             registered_names.append(name)
     patched.append("OptimizerNames")
     for method in ("__post_init__", "set_optimizer"):
         _wrap(module.TrainingArguments, method, after=lambda args, /, *_, **__: check_arguments(args))
-
-
-def _add_member(names: Any, value: str) -> None:
-    """Add a member to a closed enum of strings: HfArgumentParser takes its choices by iterating over it."""
-    member = str.__new__(names, value)
-    member._name_, member._value_ = value.upper(), value
-    member.__objclass__ = names
-    member._sort_order_ = len(names._member_names_)
-    # The pickle of the member itself must be plain too, for arguments that were changed after their creation.
-    member.__reduce_ex__ = lambda protocol: (str, (value,))
-    names._member_names_.append(member._name_)
-    names._member_map_[member._name_] = member
-    names._value2member_map_[value] = member
-    vars(names).get("_hashable_values_", []).append(value)  # Python >= 3.12
-    type.__setattr__(names, member._name_, member)
 
 
 def _add_handlers(module: ModuleType) -> None:
