@@ -47,6 +47,7 @@ def adapt(optimizer: Member, state_dict: dict[str, Any]) -> Adapted:
     """
     if not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(f"not the state_dict of an optimizer: it holds {sorted(map(str, state_dict))}")
+    # Groups are copied and states are not, as in torch.optim.Optimizer.load_state_dict: groups are written to below.
     groups, saved_groups = optimizer.param_groups, deepcopy(state_dict["param_groups"])
     _require_lengths([len(group["params"]) for group in groups], [len(group["params"]) for group in saved_groups])
     source: Mapping[Hashable, Any] = state_dict["state"]
@@ -116,7 +117,7 @@ def adapt_groups(optimizer: Member, groups: list[dict[str, Any]]) -> list[dict[s
 def _require_lengths(here: list[int], saved: list[int]) -> None:
     if here == saved:
         return
-    what = "has a different number of parameter groups"
+    what = "has a different number of parameter groups"  # in torch's words
     if len(here) == len(saved):
         what = "contains a parameter group that doesn't match the size of optimizer's group"
     raise ValueError(
@@ -197,6 +198,7 @@ class _StateAdapter:
                 f"the saved {key} of {where} is a {type(moment).__name__}: torch.optim's and these optimizers keep "
                 "plain tensors; put what its dequantize() returns in its place, or start without that checkpoint"
             )
+        # torch.optim takes moments of any shape here, and says nothing.
         if moment.shape != param.shape:
             raise ValueError(f"the saved {key} of {where} has shape {tuple(moment.shape)}")
         if getattr(moment, "placements", None) != getattr(param, "placements", None):
@@ -234,6 +236,8 @@ class _StateAdapter:
 
     def _scalar(self, value: Any, param: Tensor, where: str) -> Tensor:
         try:
+            # Whatever it was: torch before 1.12 kept `step` as a Python number, and tools that unify states make
+            # arrays.
             scalar = torch.as_tensor(value, dtype=torch.float32, device=param.device).detach()
         except (TypeError, ValueError) as error:
             raise ValueError(f"the saved {where} is no number: {value!r}") from error
@@ -267,6 +271,7 @@ def share_scalars(optimizer: Member, reducer: Reducer) -> None:
 
     def numbers() -> Tensor:
         device = params[0].device
+        # -inf, because `Reducer.share` takes the largest number of all ranks.
         unknown = torch.tensor(-math.inf, device=device)
         states = [optimizer.state.get(param, {}) for param in params]
         rows = [[unknown if key not in state else state[key].to(device) for key in keys] for state in states]
@@ -361,6 +366,7 @@ def _export_state(state: dict[str, Any], group: dict[str, Any], known: set[str])
         unit = moment_unit(group["momentum"], averaged=False) if literal else 1.0
         return {"momentum_buffer": state["momentum_buffer"] * unit, **others}
     scale = state["exp_avg_scale"] * (moment_unit(group["betas"][0], averaged=True) if literal else 1.0)
+    # Where torch expects it: see its note [special device hosting for step] (torch/optim/optimizer.py).
     on_device = group["capturable"] or group["fused"]
     return {
         "step": state["step"].clone() if on_device else state["step"].cpu(),

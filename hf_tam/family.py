@@ -64,6 +64,7 @@ class Family:
                 state[key] = torch.full(shape, number, dtype=torch.float32, device=param.device)
         for key in self.moments:
             if state.get(key) is None:
+                # In the parameter's memory order: kernels walk all of them by one index.
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 

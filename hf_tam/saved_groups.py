@@ -88,6 +88,8 @@ def adapt_group(optimizer: Member, group: dict[str, Any], saved: dict[str, Any])
             saved[key] = requested
         elif key in optimizer.defaults:
             if not isinstance(saved[key], Tensor) or key != "lr":
+                # Every backend takes plain numbers, and torch.load(weights_only=True), by which the Trainer resumes,
+                # reads them.
                 saved[key] = plain(saved[key])
             if _overrides(key, group, saved):
                 overridden.append(f"{key}={plain(saved[key])} (requested: {plain(requested)})")

@@ -46,6 +46,7 @@ class TorqueAware(Optimizer, ABC):
         defaults = {**defaults, **plain_numbers(defaults)}
         validate(defaults)
         validate_step_size(defaults["step_size"], self.step_sizes)
+        # First, for torch's constructor calls `add_param_group`.
         self._reset_runtime()
         super().__init__(params, defaults)
 
@@ -177,9 +178,11 @@ class TorqueAware(Optimizer, ABC):
             reducer = self.logical.select(params, groups)
         if not reducer.sees_all:
             self._refuse_shared_angle()
+        # Not in load_state_dict, which communicates as little as torch's: it is at a step that all ranks come.
         if self._just_loaded:
             checkpoint.share_scalars(self, reducer)
             self._just_loaded = False
+        # GradScaler sets the two attributes before step() and deletes them after it (torch/amp/grad_scaler.py).
         found_inf, grad_scale, scaling = getattr(self, "found_inf", None), getattr(self, "grad_scale", None), None
         if (
             found_inf is not None
@@ -304,6 +307,8 @@ class TorqueAware(Optimizer, ABC):
         self.defaults.pop("differentiable", None)  # which torch.optim.Optimizer puts there (torch 2.13)
         for key, value in _ADDED.items():
             self.defaults.setdefault(key, value)
+        # torch pickles defaults, state and param_groups alone. load_state_dict comes here as well, and must leave the
+        # rest, which knows the attached modules, as it is.
         if "logical" not in self.__dict__:
             self._reset_runtime()
             for group in self.param_groups:

@@ -64,7 +64,11 @@ def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor) -> Tensor:
         momentum_sq: |m_{t-1}|^2, shape (n,).
         grad_sq: |g_t|^2, shape (n,).
     """
+    # The root of each and not of their product, which overflows, or vanishes, long before the norms do.
     quotient = dot / (momentum_sq.sqrt() * grad_sq.sqrt())
+    # 0/0 is usual: in a first step, for LoRA's A matrices, and in the step of zero gradients by which
+    # torch.distributed.checkpoint makes states. A NaN would reach the parameters, with a rate of 0 too: 0 * NaN is
+    # NaN. Rounding may take the quotient beyond 1, and the damping with it.
     return torch.where(quotient.isfinite(), quotient, 0.0).clamp(-1.0, 1.0)
 
 
@@ -243,6 +247,7 @@ def scalar_stage(
     turned = torque(previous, angle, gamma=numbers.gamma)
     applied = damping(turned)
     factor = numbers.damping_eps + applied
+    # Afterwards it is AdamW (SGD) itself, so damping_eps is left out too; the torque is kept for who looks at it.
     if numbers.torque_ends:
         active = step < numbers.torque_steps
         turned = torch.where(active, turned, previous)
@@ -317,6 +322,8 @@ def adam_step(
     param.mul_(decay)
     # torch.lerp takes a tensor weight only in the dtype of its operands
     exp_avg.lerp_(grad, first_weight.to(dtype) if isinstance(first_weight, Tensor) else first_weight)
+    # Not by lerp_, which makes NaN of an infinite second moment, where AdamW's step is 0 (torch 2.13); and the weight
+    # first, for (w g) g overflows later than w (g g).
     exp_avg_sq.mul_(second_decay).add_(grad * second_weight * grad)
     param.sub_(exp_avg / (exp_avg_sq.sqrt() + eps) * step_size)
 

@@ -58,7 +58,7 @@ def select_backend(device: torch.device, *, foreach: bool | None, fused: bool | 
     return single
 
 
-_TRITON_DEVICES = ("cuda", "xpu")
+_TRITON_DEVICES = ("cuda", "xpu")  # torch calls ROCm's devices cuda too
 
 
 def _runs_triton(device: torch.device) -> bool:

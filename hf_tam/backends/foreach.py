@@ -45,11 +45,12 @@ def _adam(held: Sequence[list[Tensor]], grads: list[Tensor], column: Mapping[str
     params, firsts, seconds = held
     torch._foreach_mul_(params, column["decay"])
     torch._foreach_lerp_(firsts, grads, column["first_weight"])
+    # In the order of `update.adam_step`, whose reasons hold here too.
     squares = torch._foreach_mul(grads, column["second_weight"])
     torch._foreach_mul_(squares, grads)
     torch._foreach_mul_(seconds, column["second_decay"])
     torch._foreach_add_(seconds, list(squares))
-    del squares
+    del squares  # before the next temporaries of a window's size
     denominators = torch._foreach_sqrt(seconds)
     torch._foreach_add_(denominators, column["eps"])
     updates = torch._foreach_div(firsts, denominators)

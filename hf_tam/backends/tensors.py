@@ -71,7 +71,7 @@ class Tensors:
         if decay == 0.0 and not self.maximize:
             return raw
         grad = raw.neg() if self.maximize else raw
-        return grad.add(self.params[at], alpha=decay) if decay else grad
+        return grad.add(self.params[at], alpha=decay) if decay else grad  # 0 * Inf would be NaN
 
     def only(self, places: Sequence[int]) -> Tensors:
         """Some of them."""
@@ -121,6 +121,8 @@ class _Lie(NamedTuple):
             tensors: The tensors.
             devices: Whether the devices are looked at, too.
         """
+        # Not the strides alone, which (500, 64) and (508, 64) have in common: after `resize_token_embeddings` a kernel
+        # would write past the end of the moments.
         if len(tensors) != len(self.shapes) or not all(map(eq, map(Tensor.size, tensors), self.shapes)):
             return False
         if not self.is_contiguous or not all(map(Tensor.is_contiguous, tensors)):  # the strides follow from the shape
@@ -268,6 +270,7 @@ def _rows(lie: _Lie) -> list[tuple[Any, ...]]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
+    # The very types: what is behind the address of a subclass (DTensor, a quantised weight) need not be its values.
     return type(tensor) is Tensor or type(tensor) is nn.Parameter
 
 
@@ -328,6 +331,7 @@ def _require_together(
                 f"{tuple(tensor.shape)}) on {tensor.device}. Nothing was changed; move them to one device before the "
                 "step"
             )
+    # As AdamW takes it: fp32 moments and an fp32 gradient beside a parameter that was made bf16 by `.data`.
     for moment in moments:
         if moment.dtype != param.dtype and moment.dtype != grad.dtype:
             raise ValueError(

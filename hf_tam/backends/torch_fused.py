@@ -112,6 +112,8 @@ def update(
     for at, param in enumerate(tensors.params):
         row = {name: float(column[at]) for name, column in columns.items()}
         if kernel(tensors, at, row, grad_scale):
+            # torch's fused kernels do not (2.13, CPU), and autograd would take the new values where a graph has saved
+            # the old ones.
             increment_version(param)
         else:
             single.update_tensor(tensors, at, single.gradient(tensors, at, keep=None, clip=clip), row)
@@ -129,6 +131,7 @@ def _fused_adam(tensors: Tensors, at: int, row: dict[str, float], grad_scale: Te
     grad = None if beta1 == 1.0 or step_size == 0.0 else _kernels_grad(tensors, at, dtypes=_ADAM_DTYPES)
     if grad is None:
         return False
+    # The kernel subtracts lr * weight_decay times the parameter, and its lr is the step size here.
     torch._fused_adamw_(
         [tensors.params[at]], [grad], [tensors.firsts[at]], [tensors.seconds[at]], [],
         [torch.tensor(math.inf, dtype=torch.float32, device="cpu")],
@@ -144,6 +147,8 @@ def _fused_sgd(tensors: Tensors, at: int, row: dict[str, float], grad_scale: Ten
     grad = None if row["momentum"] == 0.0 else _kernels_grad(tensors, at, dtypes=_SGD_DTYPES)
     if grad is None:
         return False
+    # Never a first step: in that the kernel sets the buffer to the gradient, and leaves the gain, its dampening,
+    # aside.
     torch._fused_sgd_(
         [tensors.params[at]], [grad], [tensors.firsts[at]],
         weight_decay=0.0, momentum=row["momentum"], lr=row["step_size"], dampening=1.0 - row["gain"],

@@ -99,7 +99,7 @@ def install() -> None:
         ImportError: If the transformers that is loaded already lacks a name that the registration relies on.
     """
     if _hook not in sys.meta_path:
-        sys.meta_path.insert(0, _hook)
+        sys.meta_path.insert(0, _hook)  # before those who would find the module by themselves
     for name in PATCHED_MODULES:
         if name in _hook.pending and name in sys.modules:
             _hook.pending.discard(name)

@@ -113,7 +113,7 @@ def saved_by_ours(path: Path) -> bool | None:
         metadata = read_metadata(path)
         return None if metadata is None else any(name.endswith(".torque") for name in metadata.state_dict_metadata)
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # the moments stay on the disk
         return any(OUR_KEYS & set(entry) for entry in (*saved["param_groups"], *saved["state"].values()))
     except Exception:  # a damaged file raises anything
         return None

@@ -51,6 +51,8 @@ def mark_of_part(param: Tensor, modules: Sequence[nn.Module]) -> str | None:
     """
     for mark in _MARKS:
         value = getattr(param, mark.attribute, None)
+        # The type first: an attribute of the same name may be anything, also what compares element by element, or 0
+        # for False.
         says_so = isinstance(value, type(mark.value)) and value == mark.value
         if says_so and not _is_whole_anyway(param, mark.attribute, modules):
             return f"it is marked {mark.attribute}={value}: {mark.meaning}"

@@ -59,6 +59,7 @@ def flat_parts(module: nn.Module) -> Iterator[FlatPart]:
         handle = unit._handle
         if handle is None:
             continue
+        # With NO_SHARD the unit has a process group, and every rank the whole of it.
         flat, group = handle.flat_param, handle.process_group if handle.uses_sharded_strategy else None
         columns = (flat._params or [], flat._fqns, flat._shapes, flat._param_extensions)
         for param, name, shape, below in zip(*columns, strict=True):

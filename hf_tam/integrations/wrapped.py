@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware
 
-_MOST_WRAPPERS = 3
+_MOST_WRAPPERS = 3  # accelerate's around DeepSpeed's around the optimizer
 
 
 def find_ours(item: Any) -> TorqueAware | None:

@@ -54,7 +54,7 @@ class Agreement:
         alone: Whether the user has said that no other rank holds a part of this optimizer's model.
     """
 
-    _unstepped: ClassVar[WeakSet[Agreement]] = WeakSet()
+    _unstepped: ClassVar[WeakSet[Agreement]] = WeakSet()  # of this process, see `Standing.last`
 
     def __init__(self) -> None:
         """Nothing is agreed on yet. Among several processes the store is told that there is one more to come."""
@@ -120,6 +120,7 @@ class Agreement:
         peers = find_peers()
         if len(agreed) == 1 and agreed[0].terms is not None:
             with contextlib.suppress(RuntimeError):
+                # This rank is told of its own trouble as well, which `telling` is about to raise.
                 agreed[0].ask(agreed[0].terms, nothing, known=f"on rank {dist.get_rank()}: {trouble}")
         elif peers is not None:
             peers.tell(Standing(trouble=trouble))
@@ -168,6 +169,7 @@ class Agreement:
         if trouble:
             self._refuse(trouble, stepped, terms, agreed)
         if cut is not None:
+            # What was loaded is told in the step that follows, and is no difference later on.
             cut.terms = terms._replace(facts={**terms.facts, LOADED: False})
 
     def _come_together(self, group: ProcessGroup, terms: Terms, peers: Peers | None) -> str | None:
@@ -205,6 +207,7 @@ class Agreement:
         """Ask now and then whether somebody who came later has found something wrong."""
         self._steps += 1
         peers = find_peers()
+        # At steps 2, 4, 8 and so on: who comes late is heard of, and a long run asks the store a few dozen times.
         if peers is None or self._turn is None or self._steps & (self._steps - 1):
             return
         trouble = peers.verdict(self._turn)
@@ -230,6 +233,7 @@ class Agreement:
         module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
         kind = getattr(module, "ZeroRedundancyOptimizer", None)
         # Nothing leads from an optimizer to who steps it.
+        # The type is asked first: `isinstance` alone reads `__class__`, by which proxies run code of their own.
         return kind is not None and any(
             isinstance(found, kind) and getattr(found.optim, "agreement", None) is self
             for found in gc.get_objects()

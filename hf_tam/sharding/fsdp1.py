@@ -39,6 +39,7 @@ class Fsdp1Reducer(ParameterReducer):
                 "FSDP1 keeps only slices of the parameters on each rank, and only the module knows which: call "
                 "optimizer.attach(model) with the FSDP model, which must live on, before the first step"
             )
+        # By identity, which FSDP1 leaves the parameters when it cuts them; their names are those of a unit alone.
         slices = {id(original.param): original for module in modules for original in _sliced(module)}
         groups: list[Sequence[ProcessGroup]] = []
         called: list[str | None] = []

@@ -136,12 +136,15 @@ class ShardGroups:
         """Sum the rows of each group; if this rank may look, also how many have asked, after each of them."""
         asked = []
         for group in groups:
+            # The usual case, one group for all tensors: nothing is picked out and put back.
             if len(self.rows[group]) == self._num_rows:
                 every = _all_reduce(every, group)
             else:
                 index = self._group_index(group, every.device)
                 every[index] = _all_reduce(every[index], group)
             if look:
+                # The last row is carried from one group to the next: who shares a group with a rank that asks tells
+                # the others.
                 asked.append(every[-1].tolist()[-1])
         return every, asked
 

@@ -18,6 +18,8 @@ from hf_tam.sharding.ownership import OwnedParameters, is_frozen, shape_of
 from hf_tam.sharding.reducer import Reducer
 from hf_tam.sharding.select import refuse_parts, select_reducer
 
+# By the names of the classes and of their bases: DeepSpeed is not to be imported for this, and has engines that are
+# derived from that one.
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})
 """Classes that hold the user's model as `module`, a name that a user's own part may have as well."""
 
@@ -137,6 +139,7 @@ class LogicalTensors:
 
     def select(self, params: list[Tensor], groups: Sequence[dict[str, Any]]) -> Reducer:
         """The reducer for `params`, all that stand in `groups`; found anew when they are others than before."""
+        # Only where this step would do nothing at all: a part of the parameters without a gradient is usual.
         if self._attached and all(param.grad is None for param in params):
             self._refuse_replaced(params)
         known = self._selected.get(tuple(map(id, params)))
@@ -205,6 +208,8 @@ class LogicalTensors:
 
     def is_partitioned(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether DeepSpeed ZeRO has taken the parameters over, and put its buffers into `groups` in their place."""
+        # First what stands in the groups: an engine of DeepSpeed's that is gone leaves its marks on parameters that
+        # are whole.
         if any(self._owned.recalls(param) for group in groups for param in group["params"]):
             return False
         parameters = chain.from_iterable(module.parameters() for module in self._modules())

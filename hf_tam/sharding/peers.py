@@ -156,6 +156,7 @@ class Peers:
                 return None
             troubles = (self._absence(rank, group) for rank in self._after(ranks) if not self._has(f"{place}/{rank}"))
             trouble = self.verdict(turn) or next(filter(None, troubles), None)
+            # What is written first counts: no rank may begin a collective that another has given up.
             return self._first(outcome, trouble) if trouble else None
 
         seconds = self._store.timeout.total_seconds()
@@ -199,12 +200,15 @@ class Peers:
 
     def _first(self, key: str, value: str) -> str:
         """What was written first; an empty value stands for "nothing yet"."""
+        # An empty expected value is what the store compares with a key that is not there yet (Store.compare_set).
         return str(self._store.compare_set(key, "", value).decode())
 
     def _has(self, key: str) -> bool:
+        # `get` would wait for a key that is not there, for as long as the timeout of the store.
         return bool(self._store.check([key]))
 
 
+# By the group, since a job may destroy it and make another: turns and keys of the store begin anew with that.
 _peers: WeakKeyDictionary[ProcessGroup, Peers] = WeakKeyDictionary()
 
 

@@ -76,8 +76,10 @@ def _describe(param: Tensor) -> tuple[str, str]:
         return kind, ""
     with torch.no_grad():
         whole = param.detach()
+        # In float64, since beyond 2^24 fp32 does not hold every place.
         places = torch.linspace(0, param.numel() - 1, min(_SAMPLED, param.numel()), dtype=torch.float64).long()
         places = places.to(param.device)
+        # By index: a flat view of a tensor with other strides would be a copy of all of it.
         sample = whole[torch.unravel_index(places, whole.shape)] if whole.ndim else whole.reshape(1)
         bits = torch.view_as_real(sample) if sample.is_complex() else sample
         numbers = bits.contiguous().cpu().view(torch.uint8).flatten().tolist()

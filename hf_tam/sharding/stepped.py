@@ -129,6 +129,7 @@ class Stepped(NamedTuple):
         for param in self.params if self.reducer.groups is None else ():
             if param.grad is not None and not param.grad.is_sparse:
                 sample = self._sample(param.grad)
+                # Zeros are the same on ranks that hold different tensors, and NaN is not equal to itself.
                 if sample.any() and sample.isfinite().all():
                     told = digest([f"{kind_of(param)} {sample.tolist()}".encode()])[:16]
                     found.append((told, sample.norm().item()))

@@ -71,6 +71,7 @@ def compare(groups: Sequence[ProcessGroup], mine: Terms, *, known: str | None = 
         ranks = dist.get_process_group_ranks(group)
         everyone: list[tuple[Terms, str | None]] = [(mine, known)] * len(ranks)
         dist.all_gather_object(everyone, (mine, known), group=group)
+        # Carried on to the groups that follow, whose other ranks have not seen this one.
         known = next((found for _, found in everyone if found), None)
         known = known or _difference(ranks, [terms for terms, _ in everyone])
     if known is not None:

@@ -83,6 +83,8 @@ class ZeroReducer:
 
     def gradient(self, param: Tensor) -> Tensor | None:
         """The gradient of the whole buffer, which DeepSpeed fills with zeros where a tensor has none."""
+        # Not so under ZeRO-3 and with offloading: there a tensor without a gradient keeps its last one, with any
+        # optimizer (deepspeed 0.19).
         return param.grad
 
     def spans(self, param: Tensor) -> Sequence[Span]:
@@ -154,6 +156,7 @@ def _own_fragments(buffer: Tensor, owned: Sequence[Tensor | None], group: Proces
     stage3 = partitions.stage3_optimizer(owned)
     if stage3 is not None:
         return _stage3_fragments(buffer, owned, stage3.fp16_groups, stage3.fp32_partitioned_groups_flat, group)
+    # `hp_fragment` is a view of the buffer that it belongs to.
     memory = buffer.untyped_storage().data_ptr()
     fragments = []
     for position, param in enumerate(owned):
@@ -195,6 +198,8 @@ def _stage3_fragments(
 
 
 def _holds(buffer: Tensor, start: int, values: Tensor) -> bool:
+    # The buffer is fp32, which DeepSpeed has made of a parameter in bf16 perhaps: rounded back, it must be that again.
+    # And it may be offloaded to the CPU.
     held = buffer.detach()[start : start + values.numel()]
     return torch.equal(held.to(values.dtype), values.to(held.device))
 

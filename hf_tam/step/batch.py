@@ -89,6 +89,8 @@ class Batch:
     def read_scalars(self, keys: Sequence[str]) -> None:
         """Set `states` and `numbers`, where the arithmetic is torch's."""
         device, tensors = self.options.device, self.tensors
+        # A copy also where the accumulators are fp32 as the states are (MPS): `advance` writes to the matrix while it
+        # still needs what was there before the step.
         rows = self.matrix.to(update.accumulator_dtype(device), copy=True).unbind()
         self.states = dict(zip(keys, rows, strict=True))
         kept = tensors.memory.kept.setdefault("columns", {})
@@ -96,6 +98,8 @@ class Batch:
 
     def finite(self) -> Tensor:
         """Whether each gradient is free of NaN and Inf, shape (n,) bool; one that no rank has is."""
+        # The norm is known anyway, and is the same on every rank: to look at the gradients would take another pass
+        # and, where they are cut, another collective.
         return self.sums[:, 3].isfinite()
 
     def any_active(self) -> bool:
@@ -114,6 +118,7 @@ class Batch:
             only_norms: Whether they are all that is wanted.
         """
         wanted = [not only_norms] * len(self.indices)
+        # On an accelerator the host does not know whose torque has ended: there every product is taken.
         if not with_dot and not only_norms and self.options.on_host and self.numbers.torque_ends:
             wanted = (self.states["step"] < self.numbers.torque_steps).tolist()
         if not any(wanted) and not needs_norms and not only_norms:
@@ -129,6 +134,8 @@ class Batch:
 
     def angle_sums(self) -> list[Tensor]:
         """<m, g>, |m|^2 and |g|^2, shape (n,) each, 0 where no rank has a gradient; m is as it is stored."""
+        # The one angle of scope "model" is over the tensors that have a gradient in this step: the moments of the
+        # others, which are not 0, would turn it.
         rows = self.sums.unbind(1)[:3]
         return list(rows) if self.anywhere is None else [torch.where(self.anywhere, row, 0.0) for row in rows]
 
@@ -176,17 +183,21 @@ class Batch:
             if keep is not None:
                 places = keep.nonzero().flatten().tolist()
                 tensors, coefficients = tensors.only(places), picked(coefficients, places)
+            # A factor of 1 is none, so that a norm below the limit leaves the step what it is without clipping, to the
+            # bit.
             factor = None if clip is None or float(clip) == 1.0 else float(clip)
             if tensors.params:
                 self.backend.update(tensors, coefficients, keep=None, clip=factor, on_host=True)
         else:
             masked = coefficients if keep is None else _masked(coefficients, keep)
             self.backend.update(tensors, masked, keep=keep, clip=clip, on_host=False)
+        # In place: what stands in `optimizer.state` are views of this matrix.
         for row, (key, before) in zip(self.matrix, self.states.items(), strict=True):
             row.copy_(stage.states[key] if keep is None else torch.where(keep, stage.states[key], before))
 
     def scale_state(self, factor: Tensor) -> None:
         """Multiply every state of every tensor by `factor`, shape ()."""
+        # A product and no branch, since on an accelerator the host does not know whether the factor is 0 or 1.
         factor = factor.to(self.options.device)
         self.matrix.mul_(factor)
         for moment in (*self.tensors.firsts, *self.tensors.seconds):

@@ -51,12 +51,16 @@ def save_table(
     for state, indices in stepped:
         for key in scalar_states:
             table[key][list(indices)] = state[key].to("cpu", torch.float32)
+    # In every group: DeepSpeed steps with one of them at a time, and ZeRO-3 gives all of them what the first one had
+    # in a universal checkpoint (0.19.8, zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3).
     for group in packed["param_groups"]:
         group[TABLE] = table
     for key, state in packed["state"].items():
         if not isinstance(state, dict) or "step" not in state:  # what a hook put there
             continue
         kept = {name: value for name, value in state.items() if name not in scalar_states}
+        # The same function takes one number, that of the first buffer, for the steps of all; what is exact is in the
+        # table.
         packed["state"][key] = {**kept, "step": state["step"].max()}
 
 
@@ -90,6 +94,7 @@ def load_vectors(
             _require_length(len(table), max(positions) + 1, "at least ")
             state[key] = table[positions].nan_to_num(0.0).to(device)
         else:
+            # A checkpoint of torch's AdamW has one step for the whole buffer, and no torque.
             number = torch.as_tensor(default if held is None else held, dtype=torch.float32, device=device)
             state[key] = number.expand(len(spans)).clone()
 

@@ -33,6 +33,8 @@ from hf_tam.step import buffers
 from hf_tam.step.batch import Batch, Options
 from hf_tam.update import Numbers
 
+# Attributes are read by `map` over whole lists, here and in `hf_tam.backends.tensors`: a step of a thousand small
+# tensors costs what Python does for each of them.
 _GRAD, _LAYOUT, _DEVICE, _DTYPE = map(attrgetter, ("grad", "layout", "device", "dtype"))
 _BYTES = 4  # of a scalar state
 
@@ -104,6 +106,7 @@ class Gatherer:
         places = [place for place, grad in enumerate(grads) if grad is not None]
         params = [group["params"][place] for place in places]
         if places and {*map(_LAYOUT, map(grads.__getitem__, places))} != {torch.strided}:
+            # The words of torch.optim.Adam (torch/optim/adam.py), which are searched for.
             raise RuntimeError(
                 f"{self._family.name} does not support sparse gradients, please consider SparseAdam instead"
             )
@@ -113,11 +116,13 @@ class Gatherer:
             if device.type == "meta":
                 _refuse_meta(name(first_index + places[here[0]]), first)
             is_fake = type(first) not in (nn.Parameter, Tensor) and is_fake_tensor(first)
+            # A fake tensor has no number that the host could read, whatever device it names.
             options = Options(
                 device, group["scope"], group["nonfinite"], group["maximize"], group["foreach"], group["fused"],
                 on_host=device.type == "cpu" and not group["capturable"] and not is_fake, is_fake=is_fake,
             )  # fmt: skip
             if options not in found:
+                # Batches are made anew in every step; what captured CUDA graphs go on reading must outlive them.
                 tensors = Tensors(maximize=group["maximize"], captured=self._captured)
                 found[options] = Batch(options, tensors), [[] for _ in self._family.scalar_states]
             self._add(
@@ -151,6 +156,7 @@ class Gatherer:
             batch.present += present
         numbers = family.numbers(group)
         if batch.options.on_host and isinstance(numbers.lr, Tensor):
+            # Read in every step, since schedulers write to the tensor.
             numbers = numbers._replace(lr=float(numbers.lr))
         if not tensors.numbers or not _are_same(numbers, tensors.numbers[-1]):
             tensors.numbers.append(numbers)
@@ -180,6 +186,7 @@ class Gatherer:
         if known is not None:
             batch.backend = known.backend
         else:
+            # What is fake has no address: plain operations are all that can be run on it.
             batch.backend = select_backend(
                 options.device,
                 foreach=False if options.is_fake else options.foreach,
@@ -191,6 +198,7 @@ class Gatherer:
 
 def _are_same(left: Numbers, right: Numbers) -> bool:
     if isinstance(left.lr, Tensor) or isinstance(right.lr, Tensor):
+        # By identity: to compare their values would wait for an accelerator.
         return left.lr is right.lr and left[1:] == right[1:]
     return left == right
 
@@ -237,6 +245,7 @@ def _local(
     for index, parts, param, *tensors in zip(indices, spans, params, *local, strict=True):
         places = [index] if parts is None else [part.position for part in parts]
         positions += places
+        # Not whether a gradient is in the list: FSDP1's reducer puts an empty one where this rank holds nothing.
         present += [param.grad is not None] * len(places)
         for column, tensor in zip(cut, tensors, strict=True):
             column += [tensor] if parts is None else [tensor.narrow(0, part.start, part.length) for part in parts]
@@ -291,6 +300,7 @@ def pack(
         where they are, because other processes read them there, with what of the matrix they are to hold.
     """
     held = list(chain.from_iterable(columns))
+    # What is no plain tensor (a number, a parameter, an array) was put there by somebody, and is converted.
     if known is not None and {*map(type, held)} == {Tensor}:
         addresses = list(map(Tensor.data_ptr, held))
         way = addresses[0] - known[0]  # Tensor.share_memory_ of one moves all that share its storage

@@ -85,6 +85,7 @@ class Scaling:
             return
         device = batches[0].options.device
         squares = torch.stack([_clipped_square(batch).to(device) for batch in batches])
+        # The 1e-6 is that of torch.nn.utils.clip_grad_norm_ (torch/nn/utils/clip_grad.py), whose factor this must be.
         factor = (self.limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
         for batch in batches:
             batch.clip_grads(factor.to(batch.options.device))
@@ -103,6 +104,8 @@ class Scaling:
             return False
         device = batches[0].options.device
         is_off = self.found_inf.to(device).reshape(()) != 0
+        # torch.amp.GradScaler looks at this rank's gradients alone; it is FSDP1's ShardedGradScaler that asks the
+        # others.
         if is_sharded:
             is_off = is_off | ~torch.stack([batch.finite().all().to(device) for batch in batches]).all()
         if all(batch.options.on_host for batch in batches):
@@ -114,6 +117,8 @@ class Scaling:
 
 def _clipped_square(batch: Batch) -> Tensor:
     """What these gradients add to the square of the norm that is clipped, shape (); skipped ones nothing."""
+    # One NaN would make the norm, and by it every gradient, NaN; one Inf would make all others 0. So it goes where
+    # clip_grad_norm_ is called before the step, as the Trainer does.
     squares = batch.sums[:, 3]
     skips = batch.options.nonfinite == "skip"
     return (torch.where(batch.finite(), squares, 0.0) if skips else squares).sum()

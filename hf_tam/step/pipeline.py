@@ -111,6 +111,8 @@ class Pipeline:
         shared = _shared_sums(models) if models else None
         for batch in left:
             batch.advance(shared if batch.options.scope == "model" else None)
+        # Other processes read these in the memory in which they lie (share_memory_, as for Hogwild): they are not
+        # replaced.
         for state, part in [apart for batch in batches for apart in batch.apart]:
             state.copy_(part.view(state.shape))
         return batches
@@ -157,6 +159,7 @@ class Pipeline:
             needs_norms: Whether the norms of the gradients are wanted where no angle is.
             only_norms: Leave the angles out.
         """
+        # One torque that still acts needs the products of all tensors, also of those whose own has ended.
         shared = any(batch.options.scope == "model" and batch.any_active() for batch in batches)
         local = [
             batch.take_sums(
@@ -170,6 +173,8 @@ class Pipeline:
             for batch, sums in zip(batches, local, strict=True):
                 batch.sums = sums
             return
+        # A rank without a gradient in this step (FSDP1's empty slices, an expert without a token) has no rows, and
+        # must join all the same, in the dtype and on the device of the others: they would wait for it.
         params = (param for group in param_groups for param in group["params"] if param is not None)
         device = next((param.device for param in params), torch.device("cpu"))
         nothing = torch.zeros(0, update.NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
@@ -195,6 +200,8 @@ class Pipeline:
         """Scale the gradients themselves, to which a coupled decay is added, before their sums are taken."""
         self._reduce(batches, reducer, param_groups, needs_norms=True, only_norms=True)
         scaling.apply(batches)
+        # Before gradients are multiplied in place: a step that is refused must have changed nothing. Under GradScaler
+        # an Inf is usual, and its own to find.
         if scaling.found_inf is None and scaling.grad_scale is None:
             guards.refuse_nonfinite(batches, name)
         squares = [batch.sums[:, 3] for batch in batches]
@@ -235,6 +242,8 @@ def _forget_initialisation(batches: Sequence[Batch]) -> None:
         return
     if any(not isinstance(rate, Tensor) and rate != 0.0 for rate in rates):
         return
+    # All tensors together and never one by itself: LoRA's A matrices have zero gradients in their first step, and a
+    # warm-up begins with a rate of 0; torch's AdamW counts both steps.
     flags = [(batch.sums[:, 3] == 0.0).all() for batch in batches]
     flags += [rate.reshape(()) == 0.0 for rate in rates if isinstance(rate, Tensor)]
     idle = torch.stack([flag.to(batches[0].options.device) for flag in flags]).all()

@@ -108,6 +108,8 @@ class Telemetry:
             if all(batch.options.on_host for batch in batches):
                 self.read_skipped()
         elif self.is_idle:
+            # Before the first gradient only: later on steps without any are usual (a critic that rests, accumulation
+            # that skips).
             self._steps_without_gradient += 1
             if self._steps_without_gradient == _PATIENCE:
                 self.is_idle = False

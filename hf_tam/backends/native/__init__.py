@@ -54,6 +54,8 @@ def _cpu_sums(tensors: Tensors, with_dot: Sequence[bool]) -> Tensor:
 
 
 def _sums(tensors: Tensors, with_dot: Sequence[bool]) -> Tensor:
+    # The device is named here and below: under a default device of the user's (torch.set_default_device) the kernels
+    # would write to an address that is not the host's.
     rows = torch.empty(len(tensors), NUM_SUMS, dtype=torch.float64, device="cpu")
     _call("hf_tam_sums", _table(tensors, with_dot), len(tensors), rows.data_ptr())
     return rows
@@ -80,6 +82,7 @@ def _update(tensors: Tensors, coefficients: Coefficients, clip: float | None) ->
     name = "hf_tam_adam" if isinstance(coefficients, AdamCoefficients) else "hf_tam_sgd"
     rows = torch.stack(list(coefficients), dim=1).double()
     _call(name, _table(tensors), len(tensors), rows.data_ptr(), 1.0 if clip is None else clip)
+    # Autograd does not know of kernels that torch has not called: it would take a saved parameter for unchanged.
     increment_version(tensors.params)
 
 
@@ -122,6 +125,7 @@ def _table(tensors: Tensors, with_dot: Sequence[bool] | None = None) -> array[in
         kept["native key"], kept["native"] = key, _rows(tensors)
     rows: array[int] = kept["native"]
     rows[2::_FIELDS] = array("q", repeat(True, len(tensors)) if with_dot is None else map(bool, with_dot))
+    # Gradients are other tensors in each step, after `zero_grad(set_to_none=True)`; the rest of a row stays.
     rows[5::_FIELDS] = array("q", map(Tensor.data_ptr, tensors.grads))
     return rows
 

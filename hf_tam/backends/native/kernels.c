@@ -122,6 +122,7 @@ static void take_part(const step *step, shared *mine) {
     for (int64_t begin, end; (end = next_run(&mine->next_sum, chunks, step->threads, &begin));) {
         for (int64_t chunk = begin; chunk < end; chunk++)
             visit(t, chunk, &(pass){.sums = step->sums + COLUMNS * chunk});
+        /* Acquire and release: whoever adds the last chunks reads the sums that the others have written. */
         int64_t summed = __atomic_add_fetch(&mine->summed, end - begin, __ATOMIC_ACQ_REL);
         if (summed == chunks) finish_sums(step, mine, chunks);
     }
@@ -176,6 +177,7 @@ int hf_tam_step(
     step step = {.tensors = tensors, .count = count, .numbers = numbers, .is_adaptive = is_adaptive,
                  .skips_nonfinite = skips_nonfinite, .scalars = scalars, .reports = reports,
                  .num_shared = num_shared, .threads = threads};
+    /* One more than there are: malloc(0) may give NULL, which is no lack of memory. */
     step.shared = calloc(num_shared + 1, sizeof *step.shared);
     step.sums = malloc((COLUMNS * chunks + 1) * sizeof *step.sums);
     int is_out_of_memory = !step.shared || !step.sums;

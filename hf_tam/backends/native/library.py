@@ -38,6 +38,9 @@ SWITCH = "HF_TAM_NATIVE"
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _NUMBERS = f"-DNUMBERS={','.join(Numbers._fields)}"
+# c11 and not gnu11: with it gcc does not contract products and sums, whose bits would then depend on the instruction
+# set. Without errno a root is one instruction, without traps a branch becomes a mask. Not -ffast-math: it takes NaN
+# and Inf for impossible, by which gradients are judged here.
 _FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", _NUMBERS)
 # Those of torch.backends.cpu.get_cpu_capability(), spelt out: compilers before gcc 11 and clang 12 do not know
 # x86-64-v3 and v4, zig has other names for them, and they stand for instructions that torch does not look for.
@@ -234,6 +237,7 @@ def _keep(built: Path, folder: Path, stem: str) -> None:
 
 def _opened(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
+    # Without these ctypes passes an int as one of C's, which cuts addresses to 32 bits.
     address, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.hf_tam_sums.argtypes = [address, count, count, address]
     library.hf_tam_step.argtypes = [address, count, count, address, flag, flag, address, address]
@@ -251,11 +255,11 @@ def _run(command: list[str], *, temporary: str, **environment: str) -> None:
         try:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,  # what a compiler asks for is not to be read from the program's input
                 stdout=subprocess.DEVNULL,
                 stderr=messages,
                 env=environment,
-                start_new_session=True,
+                start_new_session=True,  # a group, which can be ended with all that it has started
             )
         except OSError as error:
             raise _UnavailableError(f"{command[0]} could not be run: {error}") from error

@@ -54,6 +54,7 @@ INLINE void store(void *base, int64_t i, int dtype, float value) {
     }
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
+    /* A NaN is put back by hand: where all of its bits are set, the carry would make a zero of it. */
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     ((uint16_t *)base)[i] = (uint16_t)(value != value ? 0x7fc0 : rounded);
 }

@@ -41,6 +41,7 @@ def enter(folder: Path) -> Iterator[Path]:
         NotPrivateError: It is a link, belongs to somebody else, or others can write to it.
         OSError: It cannot be opened.
     """
+    # On clusters homes are links: what counts is where they lead, and that the folder itself is none.
     folder = folder.parent.resolve() / folder.name
     if folder.is_symlink():
         raise NotPrivateError(f"{folder} is a symbolic link; {_REMEDY}")

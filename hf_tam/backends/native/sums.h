@@ -7,7 +7,8 @@ enum { BLOCK = 512 }; /* elements summed in float, BLOCK / LANES terms a lane, b
 /* The sums, <m, g>, |m|^2, |g|^2 and that of the gradient as it came, and what a whole step reports besides. */
 enum { DOT, FIRST_SQ, GRAD_SQ, RAW_SQ, COLUMNS, COSINE = COLUMNS, DAMPING, REPORTS };
 
-/* Whether float holds a sum of squares: nothing has overflowed, and what was lost is nothing beside the rest. */
+/* Whether float holds a sum of squares: nothing has overflowed, and what was lost is nothing beside the rest. False for
+ * NaN as well: a comparison that is turned round would let it pass. */
 INLINE int is_safe(double square) { return 1e-24 < square && square < 1e36; }
 
 #ifdef __AVX512BF16__

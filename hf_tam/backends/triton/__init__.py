@@ -77,6 +77,7 @@ def update(
         columns = type(coefficients)(*(torch.stack([column[at] for at in places]) for column in coefficients))
         kept = None if keep is None else torch.stack([keep[at] for at in places])
         single.update(tensors.only(places), columns, keep=kept, clip=factor, on_host=False)
+    # Autograd knows nothing of a launch, and would take a saved parameter for unchanged.
     increment_version(tensors.params)
 
 

@@ -51,6 +51,7 @@ def adam_step_kernel(
     reported.
     """
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    # The last chunk first, as in `update_chunk`: the sums went forwards, and their end is what the L2 may still hold.
     chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
     tensor, row, start, length = locate(tensors, owners, chunk)
     totals, own = tensor_sums(partials, row), numbers_of(row, numbers)

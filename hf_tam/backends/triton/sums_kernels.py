@@ -71,6 +71,7 @@ def _lossless(square):
     return (square > _LOWEST) & (square < _HIGHEST)
 
 
+# Triton compiles anew for an integer that is 1 or divisible by 16; these two change with the tensors of a step.
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def sums_kernel(
     tensors, grads, owners, numbers, partials, scalars, before, first_chunk: tl.int64, num_tensors: tl.int64,

@@ -62,6 +62,7 @@ def marking_complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         if rewritten:
             mark_incomplete(Path(output_dir))  # type: ignore[arg-type]
         location = save_state(self, output_dir, *args, **kwargs)
+        # The sizes that are noted are of files that other processes write.
         self.wait_for_everyone()
         if self.is_main_process:
             mark_complete(Path(location), _strategy(self))

@@ -60,6 +60,7 @@ def register(module: ModuleType) -> None:
     for name, wrap in _METHODS.items():
         setattr(accelerator, name, wrap(getattr(accelerator, name)))
         patched.append(f"Accelerator.{name}")
+    # Here for `Accelerator.load_state`, which looks it up in this module; the Trainer has imported it under its own.
     module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
     patched.append("load_fsdp_optimizer")
 

@@ -104,6 +104,7 @@ class FollowedParameters:
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every name of every parameter, a shared one under each, as the user's own model has them."""
+    # A tie that `prepare` has lost or made shows only where each name of a tensor is followed.
     for name, param in unwrap(model).named_parameters(remove_duplicate=False):
         yield ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS), param
 

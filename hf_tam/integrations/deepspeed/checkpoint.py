@@ -99,6 +99,7 @@ def _number_of_savers(folder: Path) -> int | None:
     """Over how many processes a checkpoint was saved, as DeepSpeed has noted it; None where that cannot be read."""
     import torch
 
+    # The newest: an earlier run in the same folder, with another stage, has left a file of another name.
     files = sorted(folder.glob("*mp_rank_00*_model_states.pt"), key=lambda path: path.stat().st_mtime_ns)
     try:
         size = torch.load(files[-1], map_location="cpu", mmap=True, weights_only=True)["dp_world_size"]

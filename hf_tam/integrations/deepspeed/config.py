@@ -59,6 +59,8 @@ def _take_out_block(config: dict[str, Any], values: Mapping[str, Any]) -> list[s
                 f"{_WOULD_REPLACE.format(name)}, and says something else than was asked for "
                 f'({key}={value!r}{elsewhere}): remove it, or set its values to "auto".'
             )
+    # With the block there the Trainer makes a DummyOptim and never asks what --optim says (transformers 5.23,
+    # integrations/deepspeed.py, deepspeed_optim_sched).
     del config["optimizer"]
     return [f'the "optimizer" block ({name}), which asks for nothing of its own, is left out']
 
@@ -77,6 +79,8 @@ def _same(given: Any, asked: Any) -> bool:
 def _step_on_the_cpu(config: dict[str, Any]) -> list[str]:
     if _offload_device(_zero(config)) == "none" or "zero_force_ds_cpu_optimizer" in config:
         return []
+    # Where the key is missing accelerate takes it for true and puts DeepSpeedCPUAdam in the place of the optimizer
+    # (1.15, accelerator.py, _prepare_deepspeed).
     config["zero_force_ds_cpu_optimizer"] = False
     return ['"zero_force_ds_cpu_optimizer": false is added, for "offload_optimizer"']
 
@@ -89,7 +93,7 @@ def _keep_the_order(config: dict[str, Any]) -> list[str]:
     return ['"round_robin_gradients" is turned off (an order of copying, no other result)']
 
 
-_STAGES_WITH_AN_ORDER = (1, 2)
+_STAGES_WITH_AN_ORDER = (1, 2)  # ZeRO-3 does not read the setting (deepspeed 0.19.8)
 
 
 def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -45,6 +45,7 @@ def register(module: ModuleType) -> None:
             f"hf_tam cannot follow deepspeed {version('deepspeed')}: DeepSpeedEngine is not as expected. It was "
             f"tested with deepspeed{TESTED_RANGE}: install one of those."
         )
+    # On the class, which `deepspeed.initialize` calls, whether it was imported before or after hf_tam.
     engine.__init__ = _attaching(engine.__init__)
     engine.load_checkpoint = _giving_groups_back(engine.load_checkpoint)
     patched.extend(["DeepSpeedEngine.__init__", "DeepSpeedEngine.load_checkpoint"])
@@ -159,6 +160,7 @@ def _giving_groups_back(load_checkpoint: Callable[..., Any]) -> Callable[..., An
         result = load_checkpoint(self, *args, **kwargs)
         if optimizer is not None and groups is not None:
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                # In place: schedulers, the user's and DeepSpeed's, move these very dictionaries.
                 params = group["params"]
                 group.clear()
                 group.update({**saved, "params": params})
@@ -208,6 +210,8 @@ def refuse_split_model_scope(zero_optimizer: Any, optimizer: Any) -> None:
     Raises:
         ValueError: With what to change.
     """
+    # ZeRO-3 has its sub-groups in fp16_groups, ZeRO-1 and 2 their param groups in bit16_groups; each is a call of
+    # step().
     parts = len(getattr(zero_optimizer, "fp16_groups", None) or getattr(zero_optimizer, "bit16_groups", None) or [])
     if parts > 1 and any(group["scope"] == "model" for group in optimizer.param_groups):
         raise ValueError(

@@ -48,6 +48,8 @@ def take_over_clipping(trainer_class: type) -> list[str]:
     """
     if not _has_methods(trainer_class):
         return []
+    # Both: with max_grad_norm=0 the Trainer does not clip, and still takes a norm of all gradients, in
+    # `_get_grad_norm`.
     clip, measure = trainer_class._clip_grad_norm, trainer_class._get_grad_norm  # type: ignore[attr-defined]
 
     @functools.wraps(clip)

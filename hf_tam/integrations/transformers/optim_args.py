@@ -76,6 +76,8 @@ def parse_optim_args(optim: str, text: str | None) -> dict[str, OptimArg]:
             f"optim_args must be a string like 'gamma=0.95,scope=model', got {text!r} of type {type(text).__name__}"
         )
     values: dict[str, OptimArg] = {}
+    # transformers' own parser fails on "a=1," and "gamma" with "not enough values to unpack", its optimizers pass over
+    # keys that they do not know, and decouple_lr=False is True (5.23, trainer_optimizer.py).
     for pair in (text or "").split(","):
         if not pair.strip():
             continue

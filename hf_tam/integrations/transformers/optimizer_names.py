@@ -48,7 +48,7 @@ def add_member(names: Any, value: str) -> None:
     names._member_map_[member._name_] = member
     names._value2member_map_[value] = member
     vars(names).get("_hashable_values_", []).append(value)  # Python >= 3.12
-    type.__setattr__(names, member._name_, member)
+    type.__setattr__(names, member._name_, member)  # Enum's own refuses to set members
 
 
 def constructor_kwargs(args: Any) -> dict[str, Any]:

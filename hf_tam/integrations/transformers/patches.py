@@ -107,7 +107,7 @@ def _try_constructor(args: Any) -> None:
 
     optimizer_class, kwargs = optimizer_class_and_kwargs(args)
     for depends_on_device in ("foreach", "fused", "capturable"):
-        kwargs.pop(depends_on_device, None)
+        kwargs.pop(depends_on_device, None)  # the parameter below is on the CPU
     try:
         optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
     except (TypeError, ValueError) as error:
@@ -127,6 +127,7 @@ def _extend_training_arguments(module: ModuleType) -> None:
             add_member(module.OptimizerNames, name)
             registered_names.append(name)
     patched.append("OptimizerNames")
+    # Both make an enum member of `optim`, which training_args.bin would hold (5.23, training_args.py).
     for method in ("__post_init__", "set_optimizer"):
         _wrap(module.TrainingArguments, method, after=lambda args, /, *_, **__: check_arguments(args))
 
@@ -155,13 +156,14 @@ def _patch_trainer(module: ModuleType) -> None:
     select = trainer.get_optimizer_cls_and_kwargs
 
     @functools.wraps(select)
-    def select_checked(args: Any, model: Any = None) -> Any:
+    def select_checked(args: Any, model: Any = None) -> Any:  # LLaMA-Factory asks without a model
         # Arguments may have been changed since they were checked, by a hyperparameter search for one.
         check_arguments(args)
         return select(args, model)
 
     trainer.get_optimizer_cls_and_kwargs = staticmethod(select_checked)
     patched.append("Trainer.get_optimizer_cls_and_kwargs")
+    # Under FSDP1 and ZeRO only the module knows how its parameters are cut, and the optimizer must know the module.
     _wrap(trainer, "create_optimizer", after=_attach)
     _wrap(trainer, "train", before=_check_before_training)
     _wrap(trainer, "_save_checkpoint", before=_invalidate_checkpoint)
@@ -169,6 +171,7 @@ def _patch_trainer(module: ModuleType) -> None:
     _wrap(trainer, "_save_rng_state", after=_wait_for_everyone)
     _wrap(trainer, "_load_optimizer_and_scheduler", after=_refuse_misreading)
     _wrap(module.CallbackHandler, "on_train_begin", before=_compare_with_arguments)
+    # transformers.trainer has imported it by name: what is patched in accelerate.accelerator does not reach it.
     module.load_fsdp_optimizer = exactly_loading(module.load_fsdp_optimizer)  # type: ignore[attr-defined]
     module.deepspeed_init = _keeping_ours(module.deepspeed_init)  # type: ignore[attr-defined]
     patched.extend(["load_fsdp_optimizer", "deepspeed_init"])

@@ -160,6 +160,7 @@ class Stand:
             target.copy_(source)
             self.wait()
             times.append(time.perf_counter() - start)
+        # Without the first copy, for which the system has yet to find the pages of the target.
         return 2 * _COPY_BYTES / median(times[1:])
 
 

@@ -145,6 +145,7 @@ def _sharded_parameters(workload: Workload, dtype: torch.dtype, device: torch.de
     from torch.distributed.tensor import DTensor, init_device_mesh  # type: ignore[attr-defined]
 
     mesh = init_device_mesh(device.type, (size,))
+    # So that no process ever holds more than its part.
     with torch.device("meta"):
         module = nn.ParameterList(nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in workload.shapes)
     fully_shard(module, mesh=mesh)

@@ -96,7 +96,7 @@ def _run(command: list[str], output: Any, environment: dict[str, str]) -> int:
         try:
             return child.wait()
         finally:
-            child.kill()
+            child.kill()  # where the wait was interrupted
             _CHILDREN.discard(child)
 
 
@@ -202,6 +202,7 @@ def locally(workshop: Workshop, specs: Sequence[Spec], keep: Callable[[Row], Non
                         count = len(failures)
                         raise RunError(f"the first {count} runs all failed; the first: {failures[0]}") from None
         except BaseException:
+            # Ctrl-C, as which the command takes SIGTERM too: the runs are to end with it.
             pool.shutdown(wait=False, cancel_futures=True)
             _end_children()
             raise

@@ -150,7 +150,7 @@ def _heatmap(run: Run, maps: list[Heatmap], reach: float, theme: str) -> bytes:
         panel.invert_yaxis()
         panel.grid(visible=False)
         for text in panel.get_yticklabels():
-            text.set_parse_math(False)
+            text.set_parse_math(False)  # a $ in a name begins no formula
         panel.set_title(one.part or "all tensors", fontsize=10)
         _label(panel, "optimizer step", "")
     bar = figure.colorbar(image, ax=list(axes), fraction=0.04, pad=0.02)
