@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hf_tam.backends.triton import chunks, step_kernels, sums_kernels, update_kernels
 
-POINTERS = {"owners": "*i32", "keeps": "*u8", "scalars": "*fp32", "before": "*fp32", "skipped": "*i64", "keep": "*i1",
-            "tensors": "*i64", "grads": "*i64"}
+POINTERS = {"chunk_places": "*i32", "keeps": "*u8", "scalars": "*fp32", "before": "*fp32", "skipped": "*i64",
+            "keep": "*i1", "tensors": "*i64", "grads": "*i64"}
 base = {"ALIGNED": True, "COUPLED": False, "MAXIMIZE": False}
 whole = {"SKIP": True, "lrs": None}
 for dtype in (tl.float32, tl.bfloat16):

@@ -35,8 +35,8 @@ def test_chunks_cover_a_tensor_once(numel):
 
 
 @triton.jit
-def _where(tensors, owners, found, first: tl.int64):
-    _, _, start, length = chunks.locate(tensors, owners, first + tl.program_id(0))
+def _where(tensors, chunk_places, found, first: tl.int64):
+    _, _, start, length = chunks.locate(tensors, chunk_places, first + tl.program_id(0))
     tl.store(found, start)
     tl.store(found + 1, length)
 
@@ -46,9 +46,9 @@ def test_offsets_are_64_bits_wide():
     numel = 3 * 2**31 + 5
     length, count = table.chunk_length(numel), table.num_chunks(numel)
     rows = torch.tensor([[0, 0, 0, numel, length, 0, count, 0]], dtype=torch.int64, device=DEVICE)
-    owners = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+    chunk_places = torch.zeros(count, dtype=torch.int32, device=DEVICE)
     found = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    _where[(1,)](rows, owners, found, count - 1)
+    _where[(1,)](rows, chunk_places, found, count - 1)
     assert found.tolist() == [(count - 1) * length, numel - (count - 1) * length]
     assert found[0] > 2**31
 
@@ -65,14 +65,14 @@ def test_update_beyond_32_bits(monkeypatch):
     held = (tensors.params[0], tensors.firsts[0], tensors.seconds[0])
     addresses = [tensor.data_ptr() - shift for tensor in held]
     row = torch.tensor([[*addresses, start + tail, whole, 0, count, 0]], dtype=torch.int64, device=DEVICE)
-    owners = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+    chunk_places = torch.zeros(count, dtype=torch.int32, device=DEVICE)
     grads = torch.tensor([tensors.grads[0].data_ptr() - shift], dtype=torch.int64, device=DEVICE)
     expected = make_tensors([tensors.params[0].clone().cpu()])
     backend.update(expected, coefficients(1))
     kind = next(iter(bound.table.parts))
     constants = launch.compiled_for(kind, block=chunks.UPDATE_BLOCK)
     backend.update_kernel[(1,)](
-        row, grads, owners, bound.table.numbers, torch.stack(list(coefficients(1))), None, None, count - 1, 1,
+        row, grads, chunk_places, bound.table.numbers, torch.stack(list(coefficients(1))), None, None, count - 1, 1,
         ADAM=True, **constants,
     )  # fmt: skip
     assert start > 2**31

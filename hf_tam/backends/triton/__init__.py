@@ -68,7 +68,7 @@ def update(
     with on(device):
         for kind, chunks in table.parts.items():
             update_kernel[(chunks.size,)](
-                table.tensors, table.grads, table.owners, table.numbers, matrix, keep, factor, chunks.first,
+                table.tensors, table.grads, table.chunk_places, table.numbers, matrix, keep, factor, chunks.first,
                 len(tensors), ADAM=isinstance(coefficients, AdamCoefficients),
                 **compiled_for(kind, block=UPDATE_BLOCK),
             )  # fmt: skip
@@ -95,7 +95,7 @@ def one_pass(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped
         for kind, chunks in table.parts.items():
             sum_chunks(table, kind, chunks, partials, scalars, before)
             kernel[(chunks.size,)](
-                table.tensors, table.grads, table.owners, table.numbers, lrs, partials, scalars, before, reports,
+                table.tensors, table.grads, table.chunk_places, table.numbers, lrs, partials, scalars, before, reports,
                 keeps, skipped, chunks.first, count, SKIP=skip_nonfinite, **compiled_for(kind, block=UPDATE_BLOCK),
             )  # fmt: skip
     increment_version(tensors.params)

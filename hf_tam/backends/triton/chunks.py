@@ -1,8 +1,8 @@
 """What all kernels share: how a program finds its chunk, and how a block of it is read and written.
 
-A launch is a grid of chunks. A chunk is a stretch of one tensor; `owners` says which tensor's, and the tensor's row in
-`tensors` (columns below) says where it lies and how long its chunks are. So neither the number of tensors nor their
-sizes are part of the compiled code. Offsets into a tensor are 64 bits wide, those within a chunk 32.
+A launch is a grid of chunks. A chunk is a stretch of one tensor; `chunk_places` says which tensor's, and the tensor's
+row in `tensors` (columns below) says where it lies and how long its chunks are. So neither the number of tensors nor
+their sizes are part of the compiled code. Offsets into a tensor are 64 bits wide, those within a chunk 32.
 
 Why the sizes are what they are (the work is bound by memory, at one or two operations a byte):
 
@@ -50,9 +50,9 @@ def row_of(tensors, tensor):
 
 
 @triton.jit
-def locate(tensors, owners, chunk):
+def locate(tensors, chunk_places, chunk):
     """The chunk's tensor, that tensor's row, and the first element and the number of elements of the chunk."""
-    tensor = tl.load(owners + chunk).to(tl.int64)
+    tensor = tl.load(chunk_places + chunk).to(tl.int64)
     row = row_of(tensors, tensor)
     length = tl.load(row + LENGTH)
     start = (chunk - tl.load(row + FIRST_CHUNK)) * length

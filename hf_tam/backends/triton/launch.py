@@ -70,7 +70,7 @@ def sum_chunks(
 ) -> None:
     """Write the partial sums of some chunks to their rows of `partials`; see `sums_kernel`."""
     sums_kernel[(chunks.size,)](
-        table.tensors, table.grads, table.owners, table.numbers, partials, scalars, before, chunks.first,
+        table.tensors, table.grads, table.chunk_places, table.numbers, partials, scalars, before, chunks.first,
         len(table.tensors), NUM_SCALARS=0 if scalars is None else len(scalars),
         **compiled_for(kind, block=SUMS_BLOCK),
     )  # fmt: skip
@@ -78,7 +78,7 @@ def sum_chunks(
 
 def new_partials(table: Table) -> Tensor:
     """Room for the four partial sums of each chunk."""
-    return torch.empty(len(table.owners), 4, dtype=torch.float64, device=table.owners.device)
+    return torch.empty(len(table.chunk_places), 4, dtype=torch.float64, device=table.chunk_places.device)
 
 
 def combine(table: Table, partials: Tensor, sums: Tensor) -> None:

@@ -41,7 +41,7 @@ def _report(totals, tensor, cosine, damping, kept, reports, keeps, skipped, SKIP
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def adam_step_kernel(
-    tensors, grads, owners, numbers, lrs, partials, scalars, before, reports, keeps, skipped,
+    tensors, grads, chunk_places, numbers, lrs, partials, scalars, before, reports, keeps, skipped,
     first_chunk: tl.int64, num_tensors: tl.int64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def adam_step_kernel(
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     # The last chunk first, as in `update_chunk`: the sums went forwards, and their end is what the L2 may still hold.
     chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor, row, start, length = locate(tensors, owners, chunk)
+    tensor, row, start, length = locate(tensors, chunk_places, chunk)
     totals, own = tensor_sums(partials, row), numbers_of(row, numbers)
     step = tl.load(before + tensor).to(tl.float64)
     scale = tl.load(before + num_tensors + tensor).to(tl.float64)
@@ -79,14 +79,14 @@ def adam_step_kernel(
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def sgd_step_kernel(
-    tensors, grads, owners, numbers, lrs, partials, scalars, before, reports, keeps, skipped,
+    tensors, grads, chunk_places, numbers, lrs, partials, scalars, before, reports, keeps, skipped,
     first_chunk: tl.int64, num_tensors: tl.int64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The momentum step, see `adam_step_kernel`. Rows of the scalar states: step, torque."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor, row, start, length = locate(tensors, owners, chunk)
+    tensor, row, start, length = locate(tensors, chunk_places, chunk)
     totals, own = tensor_sums(partials, row), numbers_of(row, numbers)
     step = tl.load(before + tensor).to(tl.float64)
     torque = tl.load(before + num_tensors + tensor).to(tl.float64)

@@ -74,7 +74,7 @@ def _lossless(square):
 # Triton compiles anew for an integer that is 1 or divisible by 16; these two change with the tensors of a step.
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def sums_kernel(
-    tensors, grads, owners, numbers, partials, scalars, before, first_chunk: tl.int64, num_tensors: tl.int64,
+    tensors, grads, chunk_places, numbers, partials, scalars, before, first_chunk: tl.int64, num_tensors: tl.int64,
     DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, NUM_SCALARS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def sums_kernel(
     """
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     chunk = first_chunk + tl.program_id(0)
-    tensor, row, start, length = locate(tensors, owners, chunk)
+    tensor, row, start, length = locate(tensors, chunk_places, chunk)
     pointers = (
         pointer_to(tl.load(row + PARAM), start, DTYPE, ALIGNED),
         pointer_to(tl.load(row + FIRST), start, DTYPE, ALIGNED),

@@ -72,7 +72,7 @@ class Table:
 
     Attributes:
         tensors: A row a tensor, see `chunks`, int64.
-        owners: For each chunk the place of its tensor, int32.
+        chunk_places: For each chunk the place of its tensor, int32.
         grads: The address of each gradient, int64.
         numbers: The fields of `Numbers` of each param group, fp64.
         parts: The chunks of each kind.
@@ -92,19 +92,19 @@ class Table:
                 "least one step with the same parameters and states before the capture"
             )
         self.key, self.outside = key, key.outside
-        rows, owners = [[0] * FIELDS for _ in tensors.params], list[int]()
+        rows, chunk_places = [[0] * FIELDS for _ in tensors.params], list[int]()
         self.parts: dict[Kind, Chunks] = {}
         for kind, places in _by_kind(tensors, key).items():
-            begin = len(owners)
+            begin = len(chunk_places)
             for at in places:
-                rows[at] = _row(tensors, at, first_chunk=len(owners))
-                owners += [at] * num_chunks(rows[at][3])
-            self.parts[kind] = Chunks(begin, len(owners) - begin)
+                rows[at] = _row(tensors, at, first_chunk=len(chunk_places))
+                chunk_places += [at] * num_chunks(rows[at][3])
+            self.parts[kind] = Chunks(begin, len(chunk_places) - begin)
         self.tensors = self._send(torch.tensor(rows, dtype=torch.int64, device="cpu"))
-        self.owners = self._send(torch.tensor(owners, dtype=torch.int32, device="cpu"))
+        self.chunk_places = self._send(torch.tensor(chunk_places, dtype=torch.int32, device="cpu"))
         self._values: list[int] = []
         self._spare: Tensor | None = None
-        self.grads = self.numbers = self.owners  # replaced at once
+        self.grads = self.numbers = self.chunk_places  # replaced at once
 
     def refresh(self, tensors: Tensors, addresses: list[int]) -> None:
         """Point at the gradients there, and take the hyperparameters of this step.

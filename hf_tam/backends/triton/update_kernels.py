@@ -121,7 +121,7 @@ def _coefficients(own, num_tensors, COMPUTE: tl.constexpr, ADAM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def update_kernel(
-    tensors, grads, owners, numbers, coefficients, keep, clip, first_chunk: tl.int64, num_tensors: tl.int64,
+    tensors, grads, chunk_places, numbers, coefficients, keep, clip, first_chunk: tl.int64, num_tensors: tl.int64,
     DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def update_kernel(
     """
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor, row, start, length = locate(tensors, owners, chunk)
+    tensor, row, start, length = locate(tensors, chunk_places, chunk)
     if keep is not None:
         length = tl.where(tl.load(keep + tensor), length, 0)
     weights = _coefficients(coefficients + tensor, num_tensors, COMPUTE, ADAM)
