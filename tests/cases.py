@@ -113,6 +113,11 @@ def opposed(step: int, index: int, noise: Tensor, anchor: Tensor) -> Tensor:
     return anchor * (-1.5) ** min(step, 12)
 
 
+def signs(step: int, index: int, noise: Tensor, anchor: Tensor) -> Tensor:
+    """+1 -1 -1 (or -1 +1 +1) and again: whole numbers, so that an angle of 180 degrees is that in any arithmetic."""
+    return anchor.sign() * (1.0 if step % 3 == 0 else -1.0)
+
+
 def sometimes_zero(step: int, index: int, noise: Tensor, anchor: Tensor) -> Tensor:
     return drifting(step, index, noise, anchor) * float((step + index) % 3 != 0)
 
@@ -284,6 +289,7 @@ def _core(optimizer: str) -> Iterator[Case]:
         yield from _layouts(optimizer, base, scope)
         yield from _dtypes(optimizer, base, scope)
         yield from _groups(optimizer, base, scope)
+        yield from _one_element(optimizer, base, scope)
 
 
 def _layouts(optimizer: str, base: dict[str, Any], scope: str) -> Iterator[Case]:
@@ -342,6 +348,20 @@ def _groups(optimizer: str, base: dict[str, Any], scope: str) -> Iterator[Case]:
         yield Case(f"{scope}-groups-{step_size}", optimizer, options, groups=groups)
     differing = (Group(SHAPES), Group((Leaf((8, 8)),), {"maximize": True}), Group((Leaf((5,)),), {"lr": 0.0}))
     yield Case(f"{scope}-groups-maximize", optimizer, base, groups=differing)
+
+
+def _one_element(optimizer: str, base: dict[str, Any], scope: str) -> Iterator[Case]:
+    """The angle is that of two numbers: it opposes, or it does not. Without momentum nothing of before is kept."""
+    single = (Group((Leaf((1,)), Leaf(()), Leaf((1, 1)), Leaf((1,), torch.float64))),)
+    memoryless = {"momentum": 0.0} if optimizer == "TAM" else {"betas": (0.0, 0.9)}
+    yield Case(f"{scope}-one-element", optimizer, {**base, "weight_decay": 0.1}, groups=single)
+    yield Case(f"{scope}-one-element-missing", optimizer, base, groups=single, missing=coming_and_going)
+    yield Case(f"{scope}-one-element-first-step", optimizer, base, groups=single, steps=1)
+    yield Case(f"{scope}-one-element-memoryless", optimizer, {**base, **memoryless, "gamma": 0.5}, groups=single)
+    # Opposed with gamma 0 and damping_eps 0: the weight of such a gradient is 0, and of the moment nothing is left.
+    bare = {**base, **memoryless, "gamma": 0.0, "damping_eps": 0.0}
+    yield Case(f"{scope}-one-element-nothing-kept", optimizer, bare, groups=single, pattern=signs, steps=9)
+    yield Case(f"{scope}-one-element-aligned", optimizer, bare, groups=single, pattern=aligned, steps=6)
 
 
 def _adam_only(optimizer: str) -> Iterator[Case]:
