@@ -10,9 +10,9 @@ import torch
 
 import hf_tam
 from hf_tam import cli
-from hf_tam.compare import running
-from hf_tam.compare.plan import Spec
-from hf_tam.integrations.optim_args import KEYS
+from hf_tam.integrations.transformers.optim_args import KEYS
+from hf_tam.lab.compare import running
+from hf_tam.lab.compare.plan import Spec
 from recipes.support import arguments, reporting, task_arguments
 from tests.frozen import FROZEN
 
