@@ -70,6 +70,9 @@ def trained(*, dtype=torch.float32, cls=hf_tam.AdaTAMW, spoilt=None, **options):
     return [*parameters, *(value for parameter in parameters for value in optimizer.state[parameter].values())]
 
 
+FAILING = f"{sys.executable} -c 'import sys; sys.exit(\"fatal error: no such header\")'"
+
+
 # --- how they are had ---------------------------------------------------------------------------------------------
 
 
@@ -89,13 +92,14 @@ def test_compiled_once_and_found_again(fresh, monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CC": "/nowhere/cc"}, "/nowhere/cc could not be run: "),
-        ({"CC": f"{sys.executable} -c 'import sys; sys.exit(\"fatal error: no such header\")'"}, "no such header"),
-        ({"CC": "true"}, "true reported success, and wrote no library"),
-        ({"PATH": "/nowhere"}, "no C compiler was found"),
-        ({library.SWITCH: "0"}, "switched off by HF_TAM_NATIVE=0"),
+        pytest.param({"CC": "/nowhere/cc"}, "/nowhere/cc could not be run: ", id="missing"),
+        pytest.param({"CC": FAILING}, "no such header", id="failing", marks=pytest.mark.slow),
+        pytest.param(
+            {"CC": "true"}, "true reported success, and wrote no library", id="nothing", marks=pytest.mark.slow
+        ),
+        pytest.param({"PATH": "/nowhere"}, "no C compiler was found", id="none"),
+        pytest.param({library.SWITCH: "0"}, "switched off by HF_TAM_NATIVE=0", id="switched off"),
     ],
-    ids=["missing", "failing", "writing nothing", "none", "switched off"],
 )
 def test_without_them_torchs_kernels_take_the_same_step(fresh, environment, reason, monkeypatch):
     expected = trained()

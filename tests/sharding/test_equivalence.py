@@ -35,16 +35,16 @@ def full_product(shardings):
 
 
 def pairwise(shardings):
-    """AdaTAMW on the full model everywhere, and beside it another optimizer, scope or LoRA, in turn."""
+    """AdaTAMW on the full model everywhere, and under every second one another optimizer, scope or LoRA, in turn."""
     rest = itertools.cycle(
         combination
         for combination in itertools.product(OPTIMIZERS, SCOPES, (False, True))
         if combination != ("AdaTAMW", "tensor", False)
     )
-    for sharding in shardings:
+    for place, sharding in enumerate(shardings):
         yield case(sharding, "AdaTAMW", "tensor", False)
         possible = (combination for combination in rest if is_possible(sharding, *combination[1:]))
-        for combination in itertools.islice(possible, 1):
+        for combination in itertools.islice(possible, place % 2):
             yield case(sharding, *combination)
 
 
