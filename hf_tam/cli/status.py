@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_tam.cli.activate import hook_path
 from hf_tam.integrations import autoload
-from hf_tam.integrations.deepspeed.patches import TESTED_RANGE as DEEPSPEED_RANGE
+from hf_tam.integrations.deepspeed.patches import ACCEPTED_RANGE as DEEPSPEED_RANGE
 from hf_tam.integrations.switches import KILL_SWITCH
 
 # What torchrun and accelerate launch leave behind.
@@ -80,7 +80,7 @@ def _strategies() -> dict[str, str]:
         "DDP": f"{ready}; nothing is communicated",
         "FSDP2, HSDP, tensor parallelism": ready,
         "FSDP1": f"{ready}; use_orig_params=True",
-        "DeepSpeed ZeRO": f"available ({deepspeed}, tested with {DEEPSPEED_RANGE})" if installed else "not installed",
+        "DeepSpeed ZeRO": f"available ({deepspeed}; made for {DEEPSPEED_RANGE})" if installed else "not installed",
     }
 
 
@@ -114,7 +114,7 @@ def _print_registration() -> int:
     from hf_tam.integrations.transformers.optimizer_names import OPTIMIZERS
 
     names = [f"--optim {name} ({OPTIMIZERS[name]})" for name in integration.registered_names]
-    print(f"tested with transformers{integration.TESTED_RANGE}")
+    print(f"made for transformers{integration.ACCEPTED_RANGE} (what was run: docs/support.md)")
     print(f"registered: {', '.join(names) or 'nothing'}")
     print(f"patched: {', '.join(dict.fromkeys([*integration.patched, *accelerate.patched]))}")
     return 0

@@ -82,7 +82,7 @@ def test_a_missing_private_name_is_one_error_with_the_tested_range(module, missi
     with pytest.raises(ImportError, match="cannot register") as caught:
         integration.register(module)
     assert missing in str(caught.value)
-    assert integration.TESTED_RANGE in str(caught.value)
+    assert integration.ACCEPTED_RANGE in str(caught.value)
     assert "HF_TAM_AUTOLOAD=0" in str(caught.value)
 
 

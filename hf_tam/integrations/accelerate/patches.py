@@ -31,7 +31,7 @@ from hf_tam.integrations.wrapped import find_ours
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware
 
-TESTED_RANGE = ">=1.13,<2"
+ACCEPTED_RANGE = ">=1.13,<2"
 
 patched: list[str] = []
 
@@ -54,8 +54,8 @@ def register(module: ModuleType) -> None:
         missing.append("load_fsdp_optimizer")
     if missing:
         raise ImportError(
-            f"hf_tam cannot follow accelerate {version('accelerate')}: it has no {missing[0]}. It was tested with "
-            f"accelerate{TESTED_RANGE}: install one of those."
+            f"hf_tam cannot follow accelerate {version('accelerate')}: it has no {missing[0]}. It is made for "
+            f"accelerate{ACCEPTED_RANGE}: install one of those."
         )
     for name, wrap in _METHODS.items():
         setattr(accelerator, name, wrap(getattr(accelerator, name)))

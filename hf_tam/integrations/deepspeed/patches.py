@@ -24,7 +24,7 @@ from hf_tam.integrations.wrapped import find_ours
 if TYPE_CHECKING:
     from hf_tam.torque_aware import TorqueAware
 
-TESTED_RANGE = ">=0.19,<0.20"
+ACCEPTED_RANGE = ">=0.19,<0.20"
 
 logger = logging.getLogger("hf_tam")
 
@@ -42,8 +42,8 @@ def register(module: ModuleType) -> None:
         inspect.signature(engine.__init__).parameters
     ):
         raise ImportError(
-            f"hf_tam cannot follow deepspeed {version('deepspeed')}: DeepSpeedEngine is not as expected. It was "
-            f"tested with deepspeed{TESTED_RANGE}: install one of those."
+            f"hf_tam cannot follow deepspeed {version('deepspeed')}: DeepSpeedEngine is not as expected. It is "
+            f"made for deepspeed{ACCEPTED_RANGE}: install one of those."
         )
     # On the class, which `deepspeed.initialize` calls, whether it was imported before or after hf_tam.
     engine.__init__ = _attaching(engine.__init__)

@@ -37,7 +37,7 @@ from hf_tam.integrations.transformers.optimizer_names import OPTIMIZERS, add_mem
 from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
 from hf_tam.integrations.wrapped import find_ours
 
-TESTED_RANGE = ">=5.2,<6"
+ACCEPTED_RANGE = ">=5.2,<6"
 
 logger = logging.getLogger("hf_tam")
 
@@ -333,7 +333,7 @@ def _require(owner: Any, *names: str) -> None:
 def _unsupported(missing: str) -> ImportError:
     return ImportError(
         f"hf_tam cannot register its optimizers: transformers {version('transformers')} has no {missing}. "
-        f"It was tested with transformers{TESTED_RANGE}: install one of those, or switch hf_tam off "
+        f"It is made for transformers{ACCEPTED_RANGE}: install one of those, or switch hf_tam off "
         "(no `import hf_tam`; HF_TAM_AUTOLOAD=0 where `hf-tam activate` was run)."
     )
 
