@@ -102,19 +102,26 @@ class Gatherer:
     ) -> None:
         """Add the tensors of a param group to the batches that are `found`, and their scalar states to the columns."""
         gradient = _GRAD if isinstance(reducer, LocalReducer) else reducer.gradient
-        grads: list[Any] = [None if param is None else gradient(param) for param in group["params"]]
+        params = group["params"]
+        grads: list[Any] = [None if param is None else gradient(param) for param in params]
         places = [place for place, grad in enumerate(grads) if grad is not None]
-        params = [group["params"][place] for place in places]
-        if places and {*map(_LAYOUT, map(grads.__getitem__, places))} != {torch.strided}:
+        indices = [first_index + place for place in places]
+        if len(places) < len(grads):
+            params, grads = [params[place] for place in places], [grads[place] for place in places]
+        if places and {*map(_LAYOUT, grads)} != {torch.strided}:
             # The words of torch.optim.Adam (torch/optim/adam.py), which are searched for.
             raise RuntimeError(
                 f"{self._family.name} does not support sparse gradients, please consider SparseAdam instead"
             )
-        for device in dict.fromkeys(map(_DEVICE, params)):  # usually one
-            here = [at for at, param in enumerate(params) if param.device == device]
-            first = params[here[0]]
+        devices = dict.fromkeys(map(_DEVICE, params))
+        for device in devices:  # usually one
+            lists: list[list[Any]] = [params, grads, indices]
+            if len(devices) > 1:
+                here = [at for at, param in enumerate(params) if param.device == device]
+                lists = [[column[at] for at in here] for column in lists]
+            first = lists[0][0]
             if device.type == "meta":
-                _refuse_meta(name(first_index + places[here[0]]), first)
+                _refuse_meta(name(lists[2][0]), first)
             is_fake = type(first) not in (nn.Parameter, Tensor) and is_fake_tensor(first)
             # A fake tensor has no number that the host could read, whatever device it names.
             options = Options(
@@ -125,10 +132,7 @@ class Gatherer:
                 # Batches are made anew in every step; what captured CUDA graphs go on reading must outlive them.
                 tensors = Tensors(maximize=group["maximize"], captured=self._captured)
                 found[options] = Batch(options, tensors), [[] for _ in self._family.scalar_states]
-            self._add(
-                *found[options], [params[at] for at in here], [grads[places[at]] for at in here],
-                [first_index + places[at] for at in here], group, states, reducer,
-            )  # fmt: skip
+            self._add(*found[options], lists[0], lists[1], lists[2], group, states, reducer)
 
     def _add(
         self,
