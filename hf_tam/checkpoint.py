@@ -313,14 +313,14 @@ def _complete(optimizer: Member, state_dict: dict[str, Any]) -> None:
             optimizer.family.complete(state_dict["state"][key], param, optimizer.param_groups[0])
 
 
-def export_torch_state_dict(optimizer: Member) -> dict[str, Any]:
+def export_torch_state_dict(optimizer: Any) -> dict[str, Any]:
     """The state as torch.optim's counterpart loads it: AdamW's of AdaTAMW, Adam's of AdaTAM, SGD's of TAM.
 
     The torque is left behind. Moments are new tensors in the parameter's dtype. Hooks of state_dict() are not run. No
     communication.
 
     Args:
-        optimizer: One of this package's optimizers.
+        optimizer: One of this package's optimizers, or what accelerate or DeepSpeed have wrapped around one.
 
     Returns:
         A state_dict for torch.optim.AdamW, Adam or SGD.
@@ -329,8 +329,11 @@ def export_torch_state_dict(optimizer: Member) -> dict[str, Any]:
         TypeError: `optimizer` is none of ours.
         RuntimeError: DeepSpeed ZeRO keeps the state, in flat buffers that torch.optim has no form of.
     """
-    if not isinstance(getattr(optimizer, "family", None), Family):
-        raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(optimizer).__name__}")
+    given = optimizer
+    while not isinstance(getattr(optimizer, "family", None), Family):
+        optimizer = getattr(optimizer, "optimizer", None)  # what accelerate and DeepSpeed call what they wrap
+        if optimizer is None:
+            raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(given).__name__}")
     if optimizer.logical.is_partitioned(optimizer.param_groups):
         raise RuntimeError(
             "export_torch_state_dict: under DeepSpeed ZeRO the state lies in flat buffers, each with a step and a "

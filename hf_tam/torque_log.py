@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_tam.torque_aware import TorqueAware
+from hf_tam.integrations.wrapped import find_ours
 
 FILE_NAME = "torque.jsonl"
 
@@ -33,6 +33,15 @@ class TensorReading(NamedTuple):
     effective_lr: float
     grad_norm: float
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it took part in the last step or has a torque from an earlier one.
+
+        A frozen base that was handed to the optimizer with its adapter, which is hundreds of tensors at the neutral
+        0.5, would hide what the few others do.
+        """
+        return math.isfinite(self.effective_lr) or self.damping != 0.5
+
 
 class TorqueReading(NamedTuple):
     """What the last step saw, as numbers of the host."""
@@ -44,10 +53,11 @@ class TorqueReading(NamedTuple):
         """The values to log, by name.
 
         Cosine and effective learning rate are means over the tensors that took part in the last step, and left out
-        where none did; the damping is that of all tensors. Every tensor counts the same, whatever its size.
+        where none did; the damping is that of all tensors that were ever stepped: what is frozen does not count.
+        Every tensor counts the same, whatever its size.
         """
         stepped = [tensor for tensor in self.tensors if math.isfinite(tensor.effective_lr)]
-        dampings = [tensor.damping for tensor in self.tensors]
+        dampings = [tensor.damping for tensor in self.tensors if tensor.is_trained]
         values: dict[str, float | None] = {
             "cosine_mean": _mean(tensor.cosine for tensor in stepped),
             "damping_mean": _mean(dampings),
@@ -62,23 +72,33 @@ class TorqueReading(NamedTuple):
         return {f"torque/{name}": value for name, value in values.items() if value is not None}
 
     def rows(self, *, step: int, epoch: float | None) -> list[dict[str, Any]]:
-        """One row a layer group, in the order of the parameters; see `group_name`.
+        """One row a layer group of tensors that were ever stepped, in the order of the parameters; see `group_name`.
 
         `grad_norm` is after clipping, and of the gradients without NaN and Inf.
         """
         groups: dict[str, list[TensorReading]] = {}
         for tensor in self.tensors:
-            groups.setdefault(tensor.group, []).append(tensor)
+            if tensor.is_trained:
+                groups.setdefault(tensor.group, []).append(tensor)
         return [{"step": step, "epoch": epoch, **_row(name, tensors)} for name, tensors in groups.items()]
 
 
-def read_torque(optimizer: TorqueAware) -> TorqueReading:
+def read_torque(optimizer: Any) -> TorqueReading:
     """Read what the last step of an optimizer of ours saw.
 
     One transfer from the device to the host, which waits for the device. No communication: every rank knows the
     numbers of whole tensors.
+
+    Args:
+        optimizer: One of ours, or what accelerate or DeepSpeed have wrapped around one.
+
+    Raises:
+        TypeError: It is none of ours.
     """
-    stats = optimizer.torque_stats()
+    ours = find_ours(optimizer)
+    if ours is None:
+        raise TypeError(f"read_torque takes an optimizer of hf_tam, got {type(optimizer).__name__}")
+    stats = ours.torque_stats()
     count = len(stats["names"])
     numbers = torch.cat([*(stats[key] for key in _VECTORS), stats["skipped"].reshape(1).float()]).tolist()
     columns = [numbers[start : start + count] for start in range(0, len(_VECTORS) * count, count or 1)]

@@ -147,6 +147,19 @@ def test_the_folder_of_a_plain_trainer(tmp_path, page):
     assert read_runs([tmp_path / "run"])[0].series("loss") == {10: 0.125}
 
 
+def test_the_heatmap_of_an_earlier_run_is_not_drawn(tmp_path, page):
+    """adamw_torch trained into the folder of an adatamw run, whose torque.jsonl nobody has removed."""
+    folder = write_run(tmp_path / "run", optim="adamw_torch", torque=False)
+    earlier = write_run(tmp_path / "earlier")
+    (folder / "torque.jsonl").write_bytes((earlier / "torque.jsonl").read_bytes())
+    (run,) = read_runs([folder])
+    assert run.torque == []
+    status, text, _ = page(folder)
+    assert status == 0
+    assert "run has a torque.jsonl, and logged no torque: the file is of an earlier run into this folder" in text
+    assert read_runs([earlier])[0].torque
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

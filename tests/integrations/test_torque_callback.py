@@ -3,6 +3,7 @@
 import json
 import logging
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -303,3 +304,37 @@ def test_reading_asks_the_device_once():
     assert len(reading.tensors) == 20
     assert dispatched.count("_local_scalar_dense") == 0
     assert dispatched.names[-1] == "aten.cat.default"  # what is brought to the host
+
+
+def test_what_is_frozen_does_not_count():
+    """An optimizer over all of a model with an adapter has hundreds of tensors that are never stepped."""
+    frozen = [torch.nn.Parameter(torch.ones(3), requires_grad=False) for _ in range(9)]
+    trained = torch.nn.Parameter(torch.ones(3))
+    named = [(f"base.layers.0.w{index}", parameter) for index, parameter in enumerate(frozen)]
+    optimizer = hf_tam.AdaTAMW([*named, ("base.layers.0.lora_A.default.weight", trained)], lr=0.1)
+    assert "torque/damping_mean" not in read_torque(optimizer).summary()  # before the first step
+    for _ in range(2):
+        trained.grad = torch.ones(3)
+        optimizer.step()
+    reading = read_torque(optimizer)
+    assert len(reading.tensors) == 10
+    assert reading.summary()["torque/damping_mean"] == pytest.approx(0.55)
+    assert reading.summary()["torque/damping_p10"] == pytest.approx(0.55)
+    (row,) = reading.rows(step=2, epoch=None)
+    assert row["num_tensors"] == 1
+
+
+def test_what_accelerate_wraps_is_read_and_exported():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = hf_tam.AdaTAMW([parameter], lr=0.1)
+    accelerate.Accelerator(cpu=True)  # which a wrapper asks for
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer)
+    parameter.grad = torch.ones(3)
+    wrapped.step()
+    assert read_torque(wrapped).summary() == read_torque(optimizer).summary()
+    exported = hf_tam.export_torch_state_dict(wrapped)
+    assert exported["state"][0]["step"] == 1
+    with pytest.raises(TypeError, match="read_torque takes an optimizer of hf_tam, got AdamW"):
+        read_torque(torch.optim.AdamW([parameter]))
+    with pytest.raises(TypeError, match="takes an optimizer of hf_tam, got AcceleratedOptimizer"):
+        hf_tam.export_torch_state_dict(accelerate.optimizer.AcceleratedOptimizer(torch.optim.AdamW([parameter])))

@@ -80,12 +80,24 @@ def _read_run(folder: Path, name: str) -> Run:
             notices.append(f"{name} has neither metrics.jsonl nor trainer_state.json: its curves are missing.")
     if results is None:
         notices.append(f"{name} has no results.json: its settings are only what trainer_state.json tells.")
-    if torque is None:
+    if torque and _is_anothers(metrics):
+        notices.append(
+            f"{name} has a torque.jsonl, and logged no torque: the file is of an earlier run into this folder, and is "
+            "left out."
+        )
+        torque = []
+    elif torque is None:
         notices.append(f"{name} has no torque.jsonl: there is no heatmap of it.")
     elif not all(isinstance(row.get("group"), str) for row in torque):
         raise ReportError(f"{folder / 'torque.jsonl'} has a row without a group: remove the file.")
     settings = _settings(results, state or {})
     return Run(name, settings, _facts(results, metrics), metrics, torque or [], notices)
+
+
+def _is_anothers(metrics: list[dict[str, Any]]) -> bool:
+    """Whether a torque.jsonl beside these metrics was left by another run: who writes it logs the torque as well."""
+    trained = [row for row in metrics if "loss" in row]
+    return bool(trained) and not any(key.startswith("torque/") for row in metrics for key in row)
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
