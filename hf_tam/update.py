@@ -29,6 +29,8 @@ Scalar = float | Tensor
 
 NUM_SUMS = 4
 """Columns of the sums of a tensor: <m, g>, |m|^2, |g|^2 and the raw |g|^2."""
+RAW_GRAD_SQ = 3
+"""The column of the raw |g|^2: of the gradient as the backward pass left it, before clipping, sign and decay."""
 
 _WITHOUT_FP64 = frozenset({"mps", "npu"})
 

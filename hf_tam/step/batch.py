@@ -100,7 +100,7 @@ class Batch:
         """Whether each gradient is free of NaN and Inf, shape (n,) bool; one that no rank has is."""
         # The norm is known anyway, and is the same on every rank: to look at the gradients would take another pass
         # and, where they are cut, another collective.
-        return self.sums[:, 3].isfinite()
+        return self.sums[:, update.RAW_GRAD_SQ].isfinite()
 
     def any_active(self) -> bool:
         """Whether any torque still acts. Where the host must not look, yes."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_tam import update
 from hf_tam.step.batch import Batch
 from hf_tam.step.telemetry import Telemetry
 
@@ -119,7 +120,7 @@ def _clipped_square(batch: Batch) -> Tensor:
     """What these gradients add to the square of the norm that is clipped, shape (); skipped ones nothing."""
     # One NaN would make the norm, and by it every gradient, NaN; one Inf would make all others 0. So it goes where
     # clip_grad_norm_ is called before the step, as the Trainer does.
-    squares = batch.sums[:, 3]
+    squares = batch.sums[:, update.RAW_GRAD_SQ]
     skips = batch.options.nonfinite == "skip"
     return (torch.where(batch.finite(), squares, 0.0) if skips else squares).sum()
 

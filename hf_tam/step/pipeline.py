@@ -103,12 +103,14 @@ class Pipeline:
         # What must not be stepped. An accelerator is not asked, so that there everything is masked.
         if scaling is not None and scaling.calls_off(left, is_sharded=not is_local):
             return None
-        if not all(batch.options.on_host and bool(batch.sums[:, 3].isfinite().all()) for batch in left):
+        if not all(
+            batch.options.on_host and bool(batch.sums[:, update.RAW_GRAD_SQ].isfinite().all()) for batch in left
+        ):
             guards.refuse_nonfinite(left, name)
             guards.leave_out_nonfinite(left, self._telemetry)
         # The four lines of the paper (`update.scalar_stage`), and the update of parameters and moments.
-        models = [batch for batch in left if batch.options.scope == "model"]
-        shared = _shared_sums(models) if models else None
+        together = [batch for batch in left if batch.options.scope == "model"]
+        shared = _shared_sums(together) if together else None
         for batch in left:
             batch.advance(shared if batch.options.scope == "model" else None)
         # Other processes read these in the memory in which they lie (share_memory_, as for Hogwild): they are not
@@ -204,12 +206,12 @@ class Pipeline:
         # an Inf is usual, and its own to find.
         if scaling.found_inf is None and scaling.grad_scale is None:
             guards.refuse_nonfinite(batches, name)
-        squares = [batch.sums[:, 3] for batch in batches]
+        squares = [batch.sums[:, update.RAW_GRAD_SQ] for batch in batches]
         for batch in batches:
             batch.scale_grads_now()
         self._reduce(batches, reducer, param_groups, needs_norms=True)
         for batch, square in zip(batches, squares, strict=True):  # reported is the norm before clipping
-            batch.sums[:, -1] = square
+            batch.sums[:, update.RAW_GRAD_SQ] = square
 
 
 def _record(batch: Batch) -> Record:
@@ -217,7 +219,7 @@ def _record(batch: Batch) -> Record:
     tensors, numbers = batch.tensors, batch.tensors.numbers
     if not batch.options.on_host:
         numbers = [row._replace(lr=row.lr.clone()) if isinstance(row.lr, Tensor) else row for row in numbers]
-    squares = batch.sums[:, 3] if batch.measured else None
+    squares = batch.sums[:, update.RAW_GRAD_SQ] if batch.measured else None
     return Record(
         batch.indices, batch.cosine, batch.damping, batch.factor, batch.keep, squares, numbers, tensors.groups
     )  # fmt: skip
@@ -244,7 +246,7 @@ def _forget_initialisation(batches: Sequence[Batch]) -> None:
         return
     # All tensors together and never one by itself: LoRA's A matrices have zero gradients in their first step, and a
     # warm-up begins with a rate of 0; torch's AdamW counts both steps.
-    flags = [(batch.sums[:, 3] == 0.0).all() for batch in batches]
+    flags = [(batch.sums[:, update.RAW_GRAD_SQ] == 0.0).all() for batch in batches]
     flags += [rate.reshape(()) == 0.0 for rate in rates if isinstance(rate, Tensor)]
     idle = torch.stack([flag.to(batches[0].options.device) for flag in flags]).all()
     for batch in batches:
