@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_tam.family import Family, Member
 from hf_tam.hyperparameters import HYPERPARAMETERS
 from hf_tam.saved_groups import adapt_group, is_literal, refuse_others
-from hf_tam.sharding import Reducer
+from hf_tam.sharding import Reducer, device_of
 from hf_tam.step import buffers
 from hf_tam.step.buffers import TABLE
 from hf_tam.update import moment_unit
@@ -270,7 +270,7 @@ def share_scalars(optimizer: Member, reducer: Reducer) -> None:
     params, keys = _params(optimizer), optimizer.family.scalar_states
 
     def numbers() -> Tensor:
-        device = params[0].device
+        device = device_of(params)
         # -inf, because `Reducer.share` takes the largest number of all ranks.
         unknown = torch.tensor(-math.inf, device=device)
         states = [optimizer.state.get(param, {}) for param in params]

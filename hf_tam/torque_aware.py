@@ -15,7 +15,7 @@ from hf_tam import checkpoint
 from hf_tam.family import Family
 from hf_tam.hyperparameters import plain_numbers, validate, validate_step_size
 from hf_tam.integrations.torch_private import is_sliced
-from hf_tam.sharding import Agreement, LogicalTensors, Reducer, Stepped
+from hf_tam.sharding import Agreement, LogicalTensors, Reducer, Stepped, device_of
 from hf_tam.step import buffers, guards
 from hf_tam.step.pipeline import Pipeline
 from hf_tam.step.telemetry import Telemetry
@@ -108,9 +108,12 @@ class TorqueAware(Optimizer, ABC):
             `skipped`: 0-d int64, how many updates `nonfinite="skip"` has left out so far: tensors with scope "tensor",
             whole steps with scope "model".
         """
-        names = self._names()
-        device = next((param.device for param in self._params()), torch.device("cpu"))
-        return self._telemetry.stats(self._torques(), names=names, device=device)
+        return self._telemetry.stats(
+            self._torques(),
+            names=self._names(),
+            device=device_of(self._params()),
+            moved=self.logical.moved_since_the_step(self.param_groups),
+        )
 
     def promise_grad_norm(self) -> Tensor:
         """The norm of the next step's gradients, before clipping, for who must hold it before the step is taken.
@@ -121,7 +124,7 @@ class TorqueAware(Optimizer, ABC):
             A new 0-d fp32 tensor, NaN until the next step fills it with `torque_stats()["grad_norm"]`. It stays NaN
             where that step is not taken, as torch.amp.GradScaler decides, or raises.
         """
-        return self._telemetry.promise(next((param.device for param in self._params()), torch.device("cpu")))
+        return self._telemetry.promise(device_of(self._params()))
 
     def _torques(self) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The torque states that there are, each 1-D, with the positions of their logical tensors; the last counts."""

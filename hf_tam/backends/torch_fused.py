@@ -168,4 +168,7 @@ def _kernels_grad(tensors: Tensors, at: int, *, dtypes: Container[torch.dtype]) 
     grad = tensors.grad(at)
     if grad.dtype != param.dtype:
         return None
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+    # Autograd of complex numbers leaves gradients that are to be negated when they are read, which torch's kernels
+    # refuse, in the middle of a list.
+    fits = grad.stride() == param.stride() and not grad.is_neg()
+    return grad if fits else torch.empty_like(param).copy_(grad)

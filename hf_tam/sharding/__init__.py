@@ -3,6 +3,7 @@
 from hf_tam.sharding.agreement import Agreement
 from hf_tam.sharding.groups import Reduced
 from hf_tam.sharding.logical import LogicalTensors
+from hf_tam.sharding.ownership import device_of
 from hf_tam.sharding.reducer import LocalReducer, ParameterReducer, Reducer, Span
 from hf_tam.sharding.select import select_reducer
 from hf_tam.sharding.stepped import Stepped
@@ -16,5 +17,6 @@ __all__ = [
     "Reducer",
     "Span",
     "Stepped",
+    "device_of",
     "select_reducer",
 ]

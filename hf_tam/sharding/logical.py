@@ -96,6 +96,7 @@ class LogicalTensors:
         self._owned = OwnedParameters()
         self._attached: list[_Attached] = []
         self._selected: dict[tuple[int, ...], _Selected] = {}
+        self._stepped: tuple[int, ...] = ()
         self.repeats = False
 
     def add_group(self, group: dict[str, Any]) -> None:
@@ -142,7 +143,8 @@ class LogicalTensors:
         # Only where this step would do nothing at all: a part of the parameters without a gradient is usual.
         if self._attached and all(param.grad is None for param in params):
             self._refuse_replaced(params)
-        known = self._selected.get(tuple(map(id, params)))
+        self._stepped = tuple(map(id, params))
+        known = self._selected.get(self._stepped)
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if known is not None and known.kinds == list(map(type, params)):
             if not is_distributed or known.still_serves(params):
@@ -180,6 +182,14 @@ class LogicalTensors:
                 "was given new ones after the optimizer was built (by fully_shard, or load_state_dict(assign=True)), "
                 "so this step would train nothing. Build the optimizer after that"
             )
+
+    def moved_since_the_step(self, groups: Sequence[dict[str, Any]]) -> dict[int, int] | None:
+        """Where each parameter stands now, by its position in the last step; None where all stand where they stood."""
+        now = tuple(map(id, _all(groups)))
+        if now == self._stepped or self.is_partitioned(groups):
+            return None
+        places = {key: place for place, key in reversed(list(enumerate(now)))}
+        return {place: places[key] for place, key in enumerate(self._stepped) if key in places}
 
     def names(self, groups: Sequence[dict[str, Any]]) -> list[str | None]:
         """The names of the logical tensors, in order; None where unknown."""

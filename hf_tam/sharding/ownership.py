@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -133,6 +134,11 @@ def shape_of(param: Tensor) -> tuple[int, ...] | None:
     if isinstance(param, nn.UninitializedParameter):
         return None
     return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def device_of(params: Iterable[Tensor]) -> torch.device:
+    """Where the first of the tensors lies that has values: what is frozen may be on the meta device."""
+    return next((param.device for param in params if param.device.type != "meta"), torch.device("cpu"))
 
 
 def kind_of(param: Tensor) -> str:

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.hyperparameters import HYPERPARAMETERS
-from hf_tam.sharding.ownership import kind_of
+from hf_tam.sharding.ownership import device_of, kind_of
 from hf_tam.sharding.reducer import ParameterReducer, Reducer
 from hf_tam.sharding.terms import DECAYS, LOADED, Row, Shared, Terms
 
 __all__ = ["Stepped", "digest", "no_sums"]
 
-# What decides what is communicated, or what all ranks do with the sums; no schedule moves it.
-_STEERING = ("scope", "nonfinite", "step_size", "torque_steps", "max_grad_norm")
+# What no schedule moves: what is communicated, and what all ranks make of the sums, so that a tensor has one torque.
 _COMPARED = tuple(name for name, known in HYPERPARAMETERS.items() if known.is_agreed)
 _SAMPLES = 256
 """Elements by which a tensor is known again."""
@@ -72,7 +71,7 @@ class Stepped(NamedTuple):
 
     def steering(self) -> object:
         """What no rank may change alone."""
-        return [tuple(map(group.__getitem__, _STEERING)) for group in self.groups], self.decays_first
+        return [tuple(map(group.__getitem__, _COMPARED)) for group in self.groups], self.decays_first
 
     def options(self) -> list[dict[str, Any]]:
         """The compared hyperparameters, each combination once."""
@@ -148,7 +147,7 @@ class Stepped(NamedTuple):
 
 def no_sums(params: Sequence[Tensor]) -> Tensor:
     """Shape (0, 4), on the device of the parameters and in its dtype of sums."""
-    device = params[0].device if params else torch.device("cpu")
+    device = device_of(params)
     return torch.zeros(0, update.NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
 
 

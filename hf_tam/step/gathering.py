@@ -37,6 +37,7 @@ from hf_tam.update import Numbers
 # tensors costs what Python does for each of them.
 _GRAD, _LAYOUT, _DEVICE, _DTYPE = map(attrgetter, ("grad", "layout", "device", "dtype"))
 _BYTES = 4  # of a scalar state
+_NUMBERS = {float, int}
 
 
 @dataclass(slots=True)
@@ -125,12 +126,12 @@ class Gatherer:
             is_fake = type(first) not in (nn.Parameter, Tensor) and is_fake_tensor(first)
             # A fake tensor has no number that the host could read, whatever device it names.
             options = Options(
-                device, group["scope"], group["nonfinite"], group["maximize"], group["foreach"], group["fused"],
+                device, group["scope"], group["nonfinite"], bool(group["maximize"]), group["foreach"], group["fused"],
                 on_host=device.type == "cpu" and not group["capturable"] and not is_fake, is_fake=is_fake,
             )  # fmt: skip
             if options not in found:
                 # Batches are made anew in every step; what captured CUDA graphs go on reading must outlive them.
-                tensors = Tensors(maximize=group["maximize"], captured=self._captured)
+                tensors = Tensors(maximize=options.maximize, captured=self._captured)
                 found[options] = Batch(options, tensors), [[] for _ in self._family.scalar_states]
             self._add(*found[options], lists[0], lists[1], lists[2], group, states, reducer)
 
@@ -159,9 +160,9 @@ class Gatherer:
             lists, indices, present = _local(reducer, lists, spans, indices)
             batch.present += present
         numbers = family.numbers(group)
-        if batch.options.on_host and isinstance(numbers.lr, Tensor):
-            # Read in every step, since schedulers write to the tensor.
-            numbers = numbers._replace(lr=float(numbers.lr))
+        # Tensors and arrays, which torch.optim takes too, are read in every step: schedulers write to them.
+        if not {*map(type, numbers)} <= _NUMBERS:
+            numbers = _read(numbers, on_host=batch.options.on_host)
         if not tensors.numbers or not _are_same(numbers, tensors.numbers[-1]):
             tensors.numbers.append(numbers)
         tensors.groups += [len(tensors.numbers) - 1] * len(indices)
@@ -198,6 +199,15 @@ class Gatherer:
                 on_host=options.on_host,
             )
         return _Known(batch.backend, tensors.memory, addresses)
+
+
+def _read(numbers: Numbers, *, on_host: bool) -> Numbers:
+    """The same as Python's; the learning rate stays a tensor where the host must not read it.
+
+    The others are read wherever they lie: which kernel is launched depends on some of them.
+    """
+    lr = numbers.lr if isinstance(numbers.lr, Tensor) and not on_host else float(numbers.lr)
+    return Numbers(lr, *map(float, numbers[1:]))
 
 
 def _are_same(left: Numbers, right: Numbers) -> bool:
@@ -257,20 +267,27 @@ def _local(
 
 
 def rounds(param_groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The param groups, and once more what stands in one of them repeatedly: torch.optim steps it as often.
+    """The param groups, and once more what stands in them repeatedly: torch.optim steps it as often, in their order.
 
-    What does not belong to a round is None in its place.
+    Within a group by hand or by the constructor; in two of them by hand alone. What does not belong to a round is None
+    in its place.
     """
     left = [list(enumerate(group["params"])) for group in param_groups]
     found = []
     while any(left):
-        round_, later = [], []
+        round_: list[dict[str, Any]] = []
+        later: list[list[tuple[int, Any]]] = []
+        seen: set[int] = set()
         for group, params in zip(param_groups, left, strict=True):
-            first = dict(reversed([(id(param), place) for place, param in params]))
-            chosen = set(first.values())
-            kept = [param if place in chosen else None for place, param in enumerate(group["params"])]
+            kept: list[Any] = [None] * len(group["params"])
+            later.append([])
+            for place, param in params:
+                if id(param) in seen:
+                    later[-1].append((place, param))
+                else:
+                    seen.add(id(param))
+                    kept[place] = param
             round_.append({**group, "params": kept})
-            later.append([(place, param) for place, param in params if place not in chosen])
         found.append(round_)
         left = later
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_tam import update
+from hf_tam.hyperparameters import plain
 from hf_tam.step.batch import Batch
 from hf_tam.step.telemetry import Telemetry
 
@@ -37,7 +38,7 @@ def common_limit(groups: Sequence[Mapping[str, Any]]) -> float | None:
     Raises:
         ValueError: They have different ones.
     """
-    limits = {group["max_grad_norm"] for group in groups}
+    limits = {plain(group["max_grad_norm"]) for group in groups}
     if len(limits) > 1:
         raise ValueError(
             f"the param groups have different values of max_grad_norm ({limits}): what is clipped is the norm of "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_tam import update
 from hf_tam.family import Family
-from hf_tam.sharding import LocalReducer, ParameterReducer, Reducer
+from hf_tam.sharding import LocalReducer, ParameterReducer, Reducer, device_of
 from hf_tam.step import guards
 from hf_tam.step.batch import Batch
 from hf_tam.step.gathering import Gatherer, rounds
@@ -178,7 +178,7 @@ class Pipeline:
         # A rank without a gradient in this step (FSDP1's empty slices, an expert without a token) has no rows, and
         # must join all the same, in the dtype and on the device of the others: they would wait for it.
         params = (param for group in param_groups for param in group["params"] if param is not None)
-        device = next((param.device for param in params), torch.device("cpu"))
+        device = device_of(params)
         nothing = torch.zeros(0, update.NUM_SUMS, dtype=update.accumulator_dtype(device), device=device)
         reduced = reducer.reduce(
             torch.cat([nothing, *(rows.to(device, nothing.dtype) for rows in local)]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +131,12 @@ class Telemetry:
         return total_sq.sqrt() if records else torch.full_like(total_sq, torch.nan)
 
     def stats(
-        self, torques: Iterable[tuple[Sequence[int], Tensor]], *, names: list[str | None], device: torch.device
+        self,
+        torques: Iterable[tuple[Sequence[int], Tensor]],
+        *,
+        names: list[str | None],
+        device: torch.device,
+        moved: Mapping[int, int] | None = None,
     ) -> dict[str, Any]:
         """See `TorqueAware.torque_stats`.
 
@@ -139,10 +144,14 @@ class Telemetry:
             torques: The torque states that there are, 1-D, with the positions of their logical tensors.
             names: The names of all logical tensors.
             device: Where the results go.
+            moved: Where a tensor stands now, by its position in the last step, if groups have changed since.
         """
         nothing = torch.zeros(len(names), dtype=torch.float32, device=device)
         torque = _replaced(nothing, torques)
         records = [record for records in self.records.values() for record in records]
+        if moved is not None:
+            now = [[moved.get(index, -1) for index in record.indices] for record in records]
+            records = [record._replace(indices=places) for record, places in zip(records, now, strict=True)]
         cosine = _replaced(nothing, ((record.indices, record.cosine) for record in records))
         damping = _replaced(update.damping(torque), ((record.indices, record.damping) for record in records))
         unknown = torch.full_like(nothing, torch.nan)
@@ -168,7 +177,8 @@ class Telemetry:
 
     def read_skipped(self) -> int:
         """How many updates were skipped so far; warns once. Waits for an accelerator."""
-        total = sum(int(count) for count in self.skipped.values())
+        # A fake tensor (FakeTensorMode) has counted nothing.
+        total = sum(int(count) for count in self.skipped.values() if type(count) is Tensor)
         if total and not self._warned:
             self._warned = True
             warnings.warn(
@@ -185,5 +195,6 @@ def _replaced(values: Tensor, parts: Iterable[tuple[Sequence[int], Tensor]]) -> 
     columns = list(values.unbind())
     for indices, part in parts:
         for index, value in zip(indices, part.to(values.device, values.dtype).unbind(), strict=True):
-            columns[index] = value
+            if index >= 0:  # it has left the param groups
+                columns[index] = value
     return torch.stack(columns) if columns else values.clone()

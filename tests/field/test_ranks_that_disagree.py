@@ -286,11 +286,11 @@ ARGUMENTS = [
     ("AdaTAMW", {}, {"nonfinite": "raise"}, "values of nonfinite: 'skip' for .* on rank 0 and 'raise' on rank 1"),
     ("TAM", {"step_size": "paper"}, {}, "values of step_size: 'paper' for .* on rank 0 and 'sgd' on rank 1"),
     ("TAM", {}, {"torque_steps": 2}, "values of torque_steps: None for .* on rank 0 and 2 on rank 1"),
+    ("AdaTAMW", {"gamma": 0.5}, {}, "values of gamma: 0.5 for .* on rank 0 and 0.9 on rank 1"),
+    ("TAM", {}, {"damping_eps": 0.5}, "values of damping_eps: 1e-08 for .* on rank 0 and 0.5 on rank 1"),
     ("AdaTAM", {"max_grad_norm": 1.0, "weight_decay": 0.1}, {"max_grad_norm": 1.0},
      "rank 0 has a weight decay, before which max_grad_norm takes a norm of its own, and rank 1 has not"),
 ]  # fmt: skip
-# A schedule may move this one, as it moves the learning rate.
-AT_FIRST = ("AdaTAMW", {"gamma": 0.5}, {}, "values of gamma: 0.5 for .* on rank 0 and 0.9 on rank 1")
 
 
 def other_arguments(name, optimizer_name, arguments, later):
@@ -306,7 +306,7 @@ def other_arguments(name, optimizer_name, arguments, later):
 
 @pytest.mark.parametrize(
     ("optimizer_name", "first", "second", "message", "later"),
-    [(*arguments, False) for arguments in [*ARGUMENTS, AT_FIRST]] + [(*arguments, True) for arguments in ARGUMENTS],
+    [(*arguments, later) for later in (False, True) for arguments in ARGUMENTS],
 )
 def test_other_arguments_on_one_rank(worlds, optimizer_name, first, second, message, later):
     """What decides how often the ranks communicate, or what they make of the sums."""
@@ -315,6 +315,22 @@ def test_other_arguments_on_one_rank(worlds, optimizer_name, first, second, mess
     assert_all_refused(results)
     for found, _ in results:
         assert re.search(message, found), found
+
+
+def gamma_by_a_schedule():
+    """Moved on all ranks alike, as a schedule does."""
+    module = shard("fsdp2-reshard-True-2")
+    optimizer = hf_tam.AdaTAMW(module.parameters(), lr=0.1)
+    for step in range(4):
+        optimizer.param_groups[0]["gamma"] = 0.5 + 0.1 * step
+        steps(module, optimizer)
+    return optimizer.torque_stats()["torque"].tolist()
+
+
+def test_a_schedule_that_moves_gamma(worlds):
+    first, second = worlds(2, "disagree").run(gamma_by_a_schedule)
+    assert first == second
+    assert any(first)
 
 
 def one_of_four(name):
