@@ -19,7 +19,7 @@ ALLOWED = {
     "backends": {"update"},
     "sharding": {"update", "hyperparameters"},
     "family": {"update", "sharding"},
-    "step": {"update", "family", "backends", "sharding"},
+    "step": {"update", "hyperparameters", "family", "backends", "sharding"},
     "saved_groups": {"family", "hyperparameters", "step"},
     "checkpoint": {"update", "hyperparameters", "family", "sharding", "step", "saved_groups"},
     "torque_aware": {"family", "sharding", "step", "checkpoint", "hyperparameters"},
