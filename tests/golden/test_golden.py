@@ -82,6 +82,7 @@ def _has_the_keys(run):
         assert {key: (value.dtype, value.shape) for key, value in today["state"][index].items()} == kinds
 
 
+@pytest.mark.long
 def test_a_trainer_goes_on_from_its_folder(tmp_path):
     """Optimizer, schedule, generators and the order of the records."""
     name = f"checkpoint-{runs.NUM_BEFORE}"

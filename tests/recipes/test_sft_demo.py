@@ -17,7 +17,7 @@ from recipes.support.completion import encode_records
 from recipes.support.reporting import read_metrics
 
 # They share a run that takes a minute, which each worker would repeat.
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
 
 
 def test_demo_runs_and_says_what_it_is(demo_run):

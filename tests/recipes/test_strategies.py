@@ -206,6 +206,7 @@ def test_tensor_parallelism_by_the_flag_alone(fork_server, tiny_model, tmp_path)
     assert_strategy(next(strategy for strategy in STRATEGIES if strategy.name == "tp"), reports)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_offloaded_states_are_those_of_our_optimizer(launch, whole):
     """DeepSpeed puts its own CPU optimizer in the place of one whose states are offloaded, unless told not to."""
