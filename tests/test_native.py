@@ -52,6 +52,11 @@ def instruction_set(request, monkeypatch, tmp_path_factory):
         library._load.cache_clear()
 
 
+def as_an_older_cpu(test):
+    """Once for each instruction set; in one worker, which compiles them once."""
+    return pytest.mark.xdist_group("instruction sets")(pytest.mark.usefixtures("instruction_set")(test))
+
+
 def chosen():
     return select_backend(torch.device("cpu"), foreach=None, fused=None, on_host=True)
 
@@ -252,7 +257,7 @@ def test_a_thousand_tensors_of_mixed_sizes_take_one_call(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("instruction_set")
+@as_an_older_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -278,7 +283,7 @@ def test_sums_are_those_of_fp64(dtype, wanted, decay):
         torch.testing.assert_close(actual[1:], torch.tensor(expected[1:]).double(), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.usefixtures("instruction_set")
+@as_an_older_cpu
 def test_bf16_is_rounded_to_nearest_even():
     """Every bf16 number, NaN and infinities among them, less a number that makes it round: as torch rounds."""
     everything = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
@@ -291,7 +296,7 @@ def test_bf16_is_rounded_to_nearest_even():
         torch.testing.assert_close(parameter.detach(), expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.usefixtures("instruction_set")
+@as_an_older_cpu
 @pytest.mark.parametrize("weight_decay", [0.25, 0.375, 0.4375])  # what is left has few digits: fp32 holds it
 def test_adam_rounds_bf16_to_nearest_even(weight_decay):
     """Every bf16 number less its decay, as torch rounds it; what is below 2**-126 may become 0."""
@@ -306,7 +311,7 @@ def test_adam_rounds_bf16_to_nearest_even(weight_decay):
     torch.testing.assert_close(parameter.detach(), expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.usefixtures("instruction_set")
+@as_an_older_cpu
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 30.0}, {"maximize": True}], ids=str)
 @pytest.mark.parametrize("cls", [hf_tam.AdaTAMW, hf_tam.AdaTAM])
 def test_bf16_of_any_size_is_updated_as_torch_would(cls, options):
@@ -340,7 +345,7 @@ def test_bf16_of_any_size_is_updated_as_torch_would(cls, options):
         torch.testing.assert_close(actual, expected, rtol=2**-7, atol=atol, equal_nan=True)
 
 
-@pytest.mark.usefixtures("instruction_set")
+@as_an_older_cpu
 @pytest.mark.parametrize("maximize", [False, True])
 def test_coupled_decay_of_bf16_is_computed_in_fp32(maximize):
     """The step of fp32 twins, rounded."""
