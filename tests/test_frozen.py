@@ -6,6 +6,7 @@ import inspect
 import json
 import pprint
 
+import pytest
 import torch
 
 import hf_tam
@@ -97,6 +98,7 @@ def results_keys(path):
     return [*content, *(f"environment.{name}" for name in content["environment"])]
 
 
+@pytest.mark.long
 def test_what_is_public_is_what_is_frozen(tmp_path):
     told = list(differences(public(tmp_path), FROZEN))
     assert not told, "\n".join([ADVICE, *told])

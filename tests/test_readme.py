@@ -161,6 +161,7 @@ def test_the_citation_is_of_this_version():
     assert [name.split(",")[0] for name in re.split(r"\s+and\s+", cited)] == names
 
 
+@pytest.mark.long
 def test_the_picture_is_that_of_the_recorded_run():
     """Drawn again; letters may be drawn a little otherwise by another matplotlib."""
     image = pytest.importorskip("matplotlib.image")
@@ -205,6 +206,7 @@ def test_a_generated_part_that_was_changed_by_hand_is_written_anew():
         pages.render("<!-- begin: nothing --><!-- end -->")
 
 
+@pytest.mark.long
 def test_the_page_of_comparisons_is_generated():
     pytest.importorskip("scipy")
     pytest.importorskip("pandas")

@@ -215,6 +215,7 @@ def train(tiny, tmp_path):
     return run
 
 
+@pytest.mark.long
 @each_file
 def test_three_steps_lower_the_loss(path, train):
     """The loss after is that of the same records as before, without dropout, so it must fall on any machine."""
