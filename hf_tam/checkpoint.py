@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_tam.family import Family, Member
+from hf_tam.family import Member, member_in
 from hf_tam.hyperparameters import HYPERPARAMETERS
 from hf_tam.saved_groups import adapt_group, is_literal, refuse_others
 from hf_tam.sharding import Reducer, device_of
@@ -329,11 +329,9 @@ def export_torch_state_dict(optimizer: Any) -> dict[str, Any]:
         TypeError: `optimizer` is none of ours.
         RuntimeError: DeepSpeed ZeRO keeps the state, in flat buffers that torch.optim has no form of.
     """
-    given = optimizer
-    while not isinstance(getattr(optimizer, "family", None), Family):
-        optimizer = getattr(optimizer, "optimizer", None)  # what accelerate and DeepSpeed call what they wrap
-        if optimizer is None:
-            raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(given).__name__}")
+    given, optimizer = optimizer, member_in(optimizer)
+    if optimizer is None:
+        raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(given).__name__}")
     if optimizer.logical.is_partitioned(optimizer.param_groups):
         raise RuntimeError(
             "export_torch_state_dict: under DeepSpeed ZeRO the state lies in flat buffers, each with a step and a "

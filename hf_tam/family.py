@@ -68,6 +68,21 @@ class Family:
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
+_MOST_WRAPPERS = 3  # accelerate's around DeepSpeed's around the optimizer
+
+
+def member_in(item: Any) -> Any:
+    """The optimizer of a family that `item` is or wraps, None if there is none.
+
+    accelerate wraps an optimizer once, DeepSpeed once more; each keeps what it wraps in its attribute `optimizer`.
+    """
+    for _ in range(_MOST_WRAPPERS):
+        if isinstance(getattr(item, "family", None), Family):
+            return item
+        item = getattr(item, "optimizer", None)
+    return None
+
+
 class Member(Protocol):
     """An optimizer of a family, as far as its checkpoints need to know it; see `TorqueAware`."""
 

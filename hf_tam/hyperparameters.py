@@ -39,8 +39,9 @@ def validate(hyperparameters: Mapping[str, Any]) -> None:
             and what is accepted.
     """
     for name, value in hyperparameters.items():
-        if name in HYPERPARAMETERS:
-            HYPERPARAMETERS[name].check(name, value)
+        check = HYPERPARAMETERS[name].check if name in HYPERPARAMETERS else None
+        if check is not None:
+            check(name, value)
     if hyperparameters.get("foreach") and hyperparameters.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if _is_tensor(hyperparameters.get("lr")) and "betas" in hyperparameters:
@@ -151,10 +152,6 @@ def _flag(name: str, value: object) -> None:
         _refuse(name, value, "True or False")
 
 
-def _any(name: str, value: object) -> None:
-    pass
-
-
 def _one_of(*accepted: str) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         if value not in accepted:
@@ -169,7 +166,8 @@ class Hyperparameter(NamedTuple):
     """What there is to know of a hyperparameter, besides what it does.
 
     Attributes:
-        check: Called with name and value; raises ValueError where that is out of range.
+        check: Called with name and value; raises ValueError where that is out of range. None: it is the optimizer's
+            to say, see `validate_step_size`.
         kind: What `optim_args` reads it as, see `hf_tam.integrations.transformers.optim_args`; None: it has its own
             argument there.
         rule: "adam" or "sgd" where the others do not have it.
@@ -177,7 +175,7 @@ class Hyperparameter(NamedTuple):
         is_torchs: Whether torch.optim's counterpart has it too.
     """
 
-    check: Callable[[str, object], None]
+    check: Callable[[str, object], None] | None
     kind: str | None = None
     rule: str | None = None
     is_agreed: bool = False
@@ -193,7 +191,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "gamma": Hyperparameter(_at_most_one, "number", is_agreed=True, is_torchs=False),
     "damping_eps": Hyperparameter(_at_least_zero, "number", is_agreed=True, is_torchs=False),
     "scope": Hyperparameter(_one_of(*SCOPES), "word", is_agreed=True, is_torchs=False),
-    "step_size": Hyperparameter(_any, "word", is_agreed=True, is_torchs=False),  # see `validate_step_size`
+    "step_size": Hyperparameter(None, "word", is_agreed=True, is_torchs=False),
     "torque_steps": Hyperparameter(_torque_steps, "optional integer", is_agreed=True, is_torchs=False),
     "nonfinite": Hyperparameter(_one_of(*NONFINITE), "word", is_agreed=True, is_torchs=False),
     "max_grad_norm": Hyperparameter(_max_grad_norm, is_agreed=True, is_torchs=False),

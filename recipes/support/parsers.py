@@ -1,6 +1,7 @@
 """The parser of each recipe. Importing this imports no torch: `hf-tam recipes validate` reads configurations by it."""
 
 import importlib
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -39,66 +40,47 @@ DEMO_CONFIGS = {
 
 def classify() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
+    return _parser(
+        "classify",
         [RunArguments, ModelArguments, ClassifyDataArguments, LoraArguments, TrainingArguments],
-        prog="classify.py",
-        description="Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/classify",
-        optim="adatamw",
+        "Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.1,
-        logging_steps=10,
         save_total_limit=2,
-        **_defaults_of_the_machine(),
     )
-    return parser
 
 
 def domains() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
+    return _parser(
+        "domains",
         [RunArguments, ModelArguments, ClassifyDataArguments, DomainArguments, LoraArguments, TrainingArguments],
-        prog="domains.py",
-        description="Train a text classifier through a sequence of domains. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/domains",
-        optim="adatamw",
+        "Train a text classifier through a sequence of domains. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         lr_scheduler_type="constant",
-        logging_steps=10,
         save_strategy="no",
-        **_defaults_of_the_machine(),
     )
-    return parser
 
 
 def dpo() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     from trl import DPOConfig  # which only this recipe needs
 
-    parser = RecipeParser(
+    return _parser(
+        "dpo",
         [RunArguments, ModelArguments, PreferenceDataArguments, LoraArguments, DPOConfig],
-        prog="dpo.py",
-        description="Teach a causal language model preferences by DPO. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/dpo",
-        optim="adatamw",
+        "Teach a causal language model preferences by DPO. Without arguments: the embedded demo.",
         learning_rate=5e-5,
         warmup_steps=0.1,
-        logging_steps=10,
         eval_strategy="epoch",
         eval_on_start=True,
         save_strategy="epoch",
         save_total_limit=2,
         ddp_find_unused_parameters=False,
         # As in the other recipes, and not as in TRL, these are off until they are asked for.
-        **{"bf16": False, "gradient_checkpointing": False, **_defaults_of_the_machine()},
+        bf16=False,
+        gradient_checkpointing=False,
     )
-    return parser
 
 
 def no_trainer() -> RecipeParser:
@@ -112,85 +94,65 @@ def no_trainer() -> RecipeParser:
 
 def seq2seq() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
+    return _parser(
+        "seq2seq",
         [RunArguments, ModelArguments, Seq2SeqDataArguments, LoraArguments, Seq2SeqTrainingArguments],
-        prog="seq2seq.py",
-        description="Fine-tune a T5-style model on sources and targets. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/seq2seq",
-        optim="adatamw",
+        "Fine-tune a T5-style model on sources and targets. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.05,
-        logging_steps=10,
         predict_with_generate=True,
         save_total_limit=2,
-        **_defaults_of_the_machine(),
     )
-    return parser
 
 
 def sft() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
+    return _parser(
+        "sft",
         [SftRunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
-        prog="sft.py",
-        description="Fine-tune a causal language model on your records. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/sft",
-        optim="adatamw",
+        "Fine-tune a causal language model on your records. Without arguments: the embedded demo.",
         learning_rate=2e-4,
         warmup_steps=0.05,
-        logging_steps=10,
         eval_strategy="epoch",
         eval_on_start=True,
         save_strategy="epoch",
         save_total_limit=2,
         ddp_find_unused_parameters=False,
-        **_defaults_of_the_machine(),
     )
-    return parser
 
 
 def shift() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
+    return _parser(
+        "shift",
         [RunArguments, VisionModelArguments, VisionDataArguments, ShiftArguments, TrainingArguments],
-        prog="shift.py",
-        description="Train an image classifier through a sequence of tasks. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/shift",
-        optim="adatamw",
+        "Train an image classifier through a sequence of tasks. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         lr_scheduler_type="constant",
-        logging_steps=10,
         save_strategy="no",
         remove_unused_columns=False,
-        **_defaults_of_the_machine(),
     )
-    return parser
 
 
 def vision() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
-    parser = RecipeParser(
+    return _parser(
+        "vision",
         [RunArguments, VisionModelArguments, VisionDataArguments, LoraArguments, TrainingArguments],
-        prog="vision.py",
-        description="Fine-tune an image classifier. Without arguments: the embedded demo.",
-    )
-    parser.set_defaults(
-        output_dir="outputs/vision",
-        optim="adatamw",
+        "Fine-tune an image classifier. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.1,
-        logging_steps=10,
         save_total_limit=2,
         # The columns that the model does not know are those that the images are made of.
         remove_unused_columns=False,
-        **_defaults_of_the_machine(),
     )
+
+
+def _parser(name: str, kinds: list[Any], description: str, **defaults: Any) -> RecipeParser:
+    """Return the parser of a recipe with the Trainer: what all of them have, the machine's defaults, then its own."""
+    parser = RecipeParser(kinds, prog=f"{name}.py", description=description)
+    common = {"output_dir": f"outputs/{name}", "optim": "adatamw", "logging_steps": 10}
+    parser.set_defaults(**{**common, **defaults, **_defaults_of_the_machine()})
     return parser
 
 

@@ -88,13 +88,11 @@ def check_values(args: Any) -> None:
         ValueError: A value is out of its range.
     """
     given = constructor_kwargs(args)
-    order = ("lr", "betas", "momentum", "eps", "weight_decay", "gamma", "damping_eps", "scope", "torque_steps")
-    names = [*(name for name in order if name in given), *(name for name in given if name not in order)]
     accepted = hyperparameters.MOMENTUM_STEP_SIZES if args.optim == "tam" else hyperparameters.ADAPTIVE_STEP_SIZES
     for depends_on_device in ("foreach", "fused", "capturable"):
         given.pop(depends_on_device, None)
     try:
-        hyperparameters.validate({name: given[name] for name in names if name in given})
+        hyperparameters.validate({name: given[name] for name in hyperparameters.HYPERPARAMETERS if name in given})
         hyperparameters.validate_step_size(given.get("step_size", accepted[0]), accepted)
     except ValueError as error:
         raise unusable(args, error) from error
