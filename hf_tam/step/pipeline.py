@@ -54,7 +54,7 @@ class Pipeline:
             reducer: Makes the sums whole.
             name: The name of the logical tensor at a position.
             scaling: What clips the gradients or undoes a loss scale, if anything does.
-            repeats: Whether a parameter stands in a group more than once.
+            repeats: Whether a parameter stands in the groups more than once.
 
         Raises:
             ValueError: One does, and its gradient would be clipped or unscaled as often, before anything is changed.
