@@ -36,8 +36,8 @@ def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     labels = set(train.dataset[data.label_column])
-    # Numbers sort as numbers: 10 comes after 9.
-    names = [str(label) for label in sorted(labels, key=lambda label: (isinstance(label, str), label))]
+    # Numbers sort as numbers, also those of a CSV, which are text: 10 comes after 9.
+    names = sorted(map(str, labels), key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
         raise RecipeError(
             f"{train.source}: '{data.label_column}' has the single value {names[0]!r}: nothing to tell apart."

@@ -162,7 +162,7 @@ BAD_FILES = {
         json.dumps(GOOD) + "\n\n" + '{"prompt": "a", "completion": null}\n',
         "x.jsonl, line 3: the completion must be text, not None",
     ),
-    "missing in csv": ("x.csv", 'prompt,completion\na,"b\nb"\nc,\n', "x.csv, line 4: the completion must be text"),
+    "missing in csv": ("x.csv", 'prompt,completion\na,"b\nb"\nc\n', "x.csv, line 4: the completion must be text"),
     "unknown columns": ("x.jsonl", '{"input": "a", "output": "b"}\n', "its columns are input, output"),
     "no target at all": ("x.jsonl", '{"prompt": "a", "completion": ""}\n' * 3, "has a completion token within"),
     "no chat template": ("x.jsonl", json.dumps({"messages": CHAT}) + "\n", "need a chat template"),
