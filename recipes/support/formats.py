@@ -25,7 +25,7 @@ _INSTRUCTIONS = (
     ("questions", "query", None, "response"),
 )
 _BESIDE = ("system", "history")
-_ALWAYS = ("tools", "chat_template_kwargs")
+ALWAYS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,13 @@ def first_value(records: Records, column: str) -> Any:
 
 def has_nulls(records: Records, column: str) -> bool:
     """Whether a null there was written: what datasets keeps as JSON is as it was, tables are filled up."""
-    return isinstance(records.dataset.features[column], Json)
+    return holds_json(records.dataset.features[column])
+
+
+def holds_json(feature: Any) -> bool:
+    """Whether datasets keeps some of a column as JSON."""
+    inner = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return isinstance(feature, Json) or any(holds_json(part) for part in inner if part is not None)
 
 
 def announced(records: Records, found: Format) -> Format:
@@ -217,7 +223,7 @@ def announced(records: Records, found: Format) -> Format:
     unused = [
         name
         for name, feature in records.dataset.features.items()
-        if feature in (Value("string"), Value("large_string")) and name not in (*found.columns, *_ALWAYS)
+        if feature in (Value("string"), Value("large_string")) and name not in (*found.columns, *ALWAYS)
         if name != "id" and not name.endswith("_id")
     ]
     if unused:

@@ -1,0 +1,320 @@
+"""Records as tokens and targets: what is learnt is what the assistant writes, and whatever is not is counted."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from recipes.support.chat import load_template
+from recipes.support.encoding import IGNORED, encode
+from recipes.support.errors import RecipeError
+from recipes.support.records import Records, load_file
+
+PLAIN = (
+    "{% for turn in messages %}{{ turn['role'] + ':' + turn['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+MARKED = (
+    "{% for turn in messages %}{{ turn['role'] + ':' }}{% if turn['role'] == 'assistant' %}"
+    "{% generation %}{{ turn['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ turn['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+FORGETFUL = "{{ messages|length }}" + PLAIN
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] + eos_token }}{% endfor %}"
+    "{% for turn in messages %}{{ turn['role'] + ':' + (turn['content'] or '') }}"
+    "{% for call in turn['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+STRICT = (
+    "{% for turn in messages %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ turn['role'] + ':' + turn['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+ASKED, ANSWER = "What does the owl eat?", "The owl eats rodents."
+CHAT = [
+    {"role": "user", "content": ASKED},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": "And the goat?"},
+    {"role": "assistant", "content": "The goat eats grass."},
+]
+PAIR = {"prompt": ASKED, "completion": f" {ANSWER}"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 0.3}}}
+CALLS = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "sunny"}]
+CALLS.append({"role": "assistant", "content": "Sun."})
+TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def records_of(*rows):
+    return Records(Dataset.from_list(list(rows), on_mixed_types="use_json"), "rows")
+
+
+def encoded(*rows, tokenizer, template=None, **options):
+    if template is not None:
+        tokenizer.chat_template = template
+    return encode(records_of(*rows), tokenizer=tokenizer, **{"max_length": 512, **options})
+
+
+def targets(row, tokenizer):
+    """The runs of targets, as text."""
+    runs, before = [], IGNORED
+    for label in row["labels"]:
+        if label != IGNORED:
+            runs += [[]] if before == IGNORED else []
+            runs[-1].append(label)
+        before = label
+    return [tokenizer.decode(run) for run in runs]
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return load_file(str(path))
+
+
+def test_completion_is_learnt_or_all_of_it(tokenizer):
+    eos = tokenizer.eos_token
+    (row,) = encoded(PAIR, tokenizer=tokenizer).dataset
+    assert set(row) == {"input_ids", "labels"}
+    assert tokenizer.decode(row["input_ids"]) == PAIR["prompt"] + PAIR["completion"] + eos
+    assert targets(row, tokenizer) == [PAIR["completion"] + eos]
+    (row,) = encoded(PAIR, tokenizer=tokenizer, completion_only_loss=False).dataset
+    assert row["labels"] == row["input_ids"]
+    (row,) = encoded({"text": ASKED + eos}, tokenizer=tokenizer).dataset
+    assert row["labels"] == row["input_ids"]
+    assert tokenizer.decode(row["input_ids"]) == ASKED + eos
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN], ids=["marked", "by prefixes"])
+def test_assistant_is_learnt_or_every_token(template, tokenizer):
+    eos = tokenizer.eos_token
+    (row,) = encoded({"messages": CHAT}, tokenizer=tokenizer, template=template, assistant_only_loss=True).dataset
+    assert targets(row, tokenizer) == [f"{ANSWER}{eos}", f"The goat eats grass.{eos}"]
+    (row,) = encoded({"messages": CHAT}, tokenizer=tokenizer).dataset
+    assert row["labels"] == row["input_ids"]
+    asked = {"prompt": CHAT[:3], "completion": CHAT[3:]}
+    (row,) = encoded(asked, tokenizer=tokenizer).dataset
+    assert targets(row, tokenizer) == [f"The goat eats grass.{eos}"]
+    (row,) = encoded(asked, tokenizer=tokenizer, completion_only_loss=False, assistant_only_loss=True).dataset
+    assert targets(row, tokenizer) == [f"{ANSWER}{eos}", f"The goat eats grass.{eos}"]
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN, "chatml", "plain"])
+def test_chat_that_begins_with_the_assistant_does_not_learn_its_header(template, tokenizer):
+    if template in ("chatml", "plain"):
+        template = load_template(template, tokenizer)
+    (row,) = encoded({"messages": CHAT[1:]}, tokenizer=tokenizer, template=template, assistant_only_loss=True).dataset
+    first, second = targets(row, tokenizer)
+    assert first.strip().startswith(ANSWER)
+    assert second.strip().startswith("The goat eats grass.")
+    assert "assistant" not in first + second
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+# Those of models that see take contents in parts, by a processor.
+OF_VISION = {"idefics3", "llava_next", "smolvlm"}
+ALTERNATING = {"cohere", "cohere2", "gemma", "gemma3"}
+STOCK = sorted(
+    path.stem
+    for path in TEMPLATES.glob("*.jinja")
+    if not path.stem.endswith("_training") and path.stem not in OF_VISION
+)
+
+
+def with_template(tokenizer, name):
+    """The tokenizer with a stock template, and one token for each of its marks."""
+    tokenizer = copy.deepcopy(tokenizer)
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    marks = sorted(set(re.findall(r"<[^<>\s'\"{}/=:]{2,40}>", template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks, "bos_token": "<s>"})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_there_are_stock_templates_to_try():
+    assert len(STOCK) >= 38
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_template_learns_the_assistant_and_where_to_stop(name, tokenizer):
+    tokenizer = with_template(tokenizer, name)
+    # Some templates refuse a chat that begins with the assistant.
+    rows = [{"messages": CHAT}, *([] if name in ALTERNATING else [{"messages": CHAT[1:]}])]
+    made = encoded(*rows, tokenizer=tokenizer, assistant_only_loss=True, max_length=None)
+    assert made.counts.used == len(rows)
+    for row in made.dataset:
+        for run, content in zip(targets(row, tokenizer), (ANSWER, "The goat eats grass."), strict=True):
+            before, after = run.split(content)
+            # Beside an empty thought and the marks of a channel nothing is learnt that is not the turn itself.
+            assert not re.search(r"(?<!to=)user|User|assistant|Assistant|What|And", before), run
+            ending = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][0]
+            assert ending in tokenizer.get_added_vocab().values(), run
+
+
+def test_template_that_trl_marks_is_found_by_its_text(tokenizer):
+    """The template rewrites what was thought before, so that prefixes would not do."""
+    tokenizer = with_template(tokenizer, "qwen3")
+    (row,) = encoded({"messages": CHAT}, tokenizer=tokenizer, assistant_only_loss=True).dataset
+    assert len(targets(row, tokenizer)) == 2
+
+
+def test_what_is_cut_or_left_without_a_target_is_counted(tokenizer, capsys):
+    rows = [PAIR, {"prompt": "word " * 50, "completion": " lost"}, {"prompt": "Q", "completion": ""}]
+    made = encoded(*rows, {"prompt": "Q", "completion": " word" * 60}, tokenizer=tokenizer, max_length=20)
+    assert len(made.dataset) == 2
+    assert max(map(len, made.dataset["input_ids"])) == 20
+    counts = made.counts
+    assert (counts.records, counts.used, counts.cut, counts.without_target, counts.bad) == (4, 2, 2, 2, 0)
+    assert counts.tokens == sum(map(len, made.dataset["input_ids"]))
+    assert counts.targets == sum(label != IGNORED for row in made.dataset["labels"] for label in row)
+    error = capsys.readouterr().err
+    assert "warning: 2 of 4 records of rows are longer than 20 tokens and were cut" in error
+    assert "warning: 2 of 4 records of rows have no completion token left: dropped" in error
+
+
+def test_context_of_the_model_limits_the_length(tokenizer):
+    for options, size in (({"max_length": 1000, "context_length": 128}, 128), ({"max_length": None}, 301)):
+        (row,) = encoded({"text": " owl" * 300}, tokenizer=tokenizer, **options).dataset
+        assert len(row["input_ids"]) == size
+
+
+def test_bad_records_are_dropped_and_the_first_is_named(tokenizer, tmp_path, capsys):
+    tokenizer.chat_template = STRICT
+    bad = {"messages": [{"role": "system", "content": "Be kind."}, *CHAT]}
+    picture = {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, CHAT[1]]}
+    records = write_lines(tmp_path / "x.jsonl", {"messages": CHAT}, bad, {"messages": CHAT}, picture)
+    made = encode(records, tokenizer=tokenizer, max_length=512)
+    assert (made.counts.used, made.counts.bad) == (2, 2)
+    place = f"{tmp_path / 'x.jsonl'}, line 2: the chat template refuses these messages: roles must alternate"
+    assert f"warning: 2 of 4 records of {records.source} cannot be used: dropped; the first is {place}" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(RecipeError, match=re.escape(place)):
+        encode(records, tokenizer=tokenizer, max_length=512, on_bad_record="raise")
+    with pytest.raises(
+        RecipeError, match=r"none of the 1 records can be used; the first bad one is .*x.jsonl, line 4"
+    ):
+        encode(records.subset([3]), tokenizer=tokenizer, max_length=512)
+
+
+def test_bad_record_is_named_after_holding_out(tokenizer, tmp_path):
+    rows = [PAIR] * 20 + [{"prompt": "a", "completion": None}] + [PAIR] * 9
+    records = write_lines(tmp_path / "x.jsonl", *rows).subset([25, 3, 20, 1])
+    with pytest.raises(RecipeError, match=r"x.jsonl, line 21: the completion must be text, not None"):
+        encode(records, tokenizer=tokenizer, max_length=512, on_bad_record="raise")
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    with pytest.raises(RecipeError, match="rows, record 1: the chat template rewrites turns before number 2"):
+        encoded({"messages": CHAT}, tokenizer=tokenizer, template=FORGETFUL, assistant_only_loss=True)
+    assert encoded({"messages": CHAT}, tokenizer=tokenizer).counts.used == 1
+
+
+def test_nothing_to_learn_is_an_error(tokenizer):
+    with pytest.raises(RecipeError, match="none of the 1 records has a completion token within 512 tokens"):
+        encoded({"prompt": "a", "completion": ""}, tokenizer=tokenizer)
+    with pytest.raises(RecipeError, match=r"need a chat template, .* give --chat_template, .*chatml, plain"):
+        encoded({"messages": CHAT}, tokenizer=tokenizer)
+
+
+def test_option_for_chats_without_chats_is_a_warning(tokenizer, capsys):
+    encoded(PAIR, tokenizer=tokenizer, assistant_only_loss=True)
+    assert "assistant_only_loss is without effect" in capsys.readouterr().err
+
+
+def test_prompt_that_merges_with_the_completion_is_counted(tokenizer, capsys):
+    encoded({"prompt": "What does the ", "completion": "owl eat?"}, PAIR, tokenizer=tokenizer)
+    assert "in 1 of 2 records of rows the end of the prompt merges with the completion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tools", [[TOOL], json.dumps([TOOL]), json.dumps([TOOL["function"]])], ids=["list", "JSON", "flat"]
+)
+def test_tools_reach_the_tokens(tools, tokenizer):
+    (row,) = encoded({"messages": CALLS, "tools": tools}, tokenizer=tokenizer, template=WITH_TOOLS).dataset
+    text = tokenizer.decode(row["input_ids"])
+    assert text.startswith("weather")
+    assert '{"name": "weather", "arguments": {"city": "Rome", "days": 0.3}}' in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("row", [{"messages": CALLS}, {"messages": CHAT, "tools": [TOOL]}], ids=["calls", "tools"])
+def test_template_that_leaves_tools_out_is_an_error(row, tokenizer):
+    silent = PLAIN.replace("turn['content']", "(turn['content'] or '')")
+    with pytest.raises(RecipeError, match=r"rows, record 2: the chat template leaves out the tool 'weather'"):
+        encoded({"messages": CHAT, "tools": None}, row, tokenizer=tokenizer, template=silent)
+
+
+# Templates with tools, as TRL tells by trying.
+WITH_CALLS = [
+    name for name in STOCK if re.match(r"qwen|gemma4|glm|gptoss|llama3_|deepseekv3|nemotron|muse|lfm2_", name)
+]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_CALLS if name != "qwen2_5_vl"])
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_stock_templates_carry_calls(name, assistant_only, tokenizer):
+    tokenizer = with_template(tokenizer, name)
+    options = {"assistant_only_loss": assistant_only, "max_length": None}
+    made = encoded({"messages": CALLS, "tools": [TOOL]}, tokenizer=tokenizer, **options)
+    (row,) = made.dataset
+    text = tokenizer.decode(row["input_ids"])
+    assert {"weather", "Rome", "sunny"} <= set(re.findall(r"\w+", text)), text
+
+
+def test_options_of_the_template_come_with_the_record(tokenizer):
+    template = "{{ mood }}|" + PLAIN
+    rows = [{"messages": CHAT, "chat_template_kwargs": {"mood": mood}} for mood in ("owl", "goat")]
+    made = encoded(*rows, tokenizer=tokenizer, template=template).dataset
+    assert [tokenizer.decode(row["input_ids"]).split("|")[0] for row in made] == ["owl", "goat"]
+
+
+def test_numbers_in_calls_are_as_they_were_written(tokenizer, tmp_path):
+    tokenizer.chat_template = WITH_TOOLS
+    (row,) = encode(
+        write_lines(tmp_path / "x.jsonl", {"messages": CALLS}), tokenizer=tokenizer, max_length=512
+    ).dataset
+    assert '"days": 0.3}' in tokenizer.decode(row["input_ids"])
+
+
+def test_result_is_kept_until_something_changes(tokenizer, tmp_path, monkeypatch):
+    from recipes.support.encoding import Encoder
+
+    records, calls = write_lines(tmp_path / "x.jsonl", *[{"messages": CHAT}] * 3), []
+    original = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, row: calls.append(row) or original(self, row))
+    tokenizer.chat_template = PLAIN
+    for options, expected in (({}, 3), ({}, 3), ({"max_length": 7}, 6), ({"max_length": 7}, 6)):
+        encode(records, tokenizer=tokenizer, **{"max_length": 512, **options})
+        assert len(calls) == expected
+    tokenizer.chat_template = MARKED
+    encode(records, tokenizer=tokenizer, max_length=512)
+    assert len(calls) == 9
+
+
+@pytest.mark.distributed
+def test_several_processes_tokenise_the_same(tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN
+    rows = [{"messages": CHAT}, {"messages": []}, {"messages": CHAT[:2]}] * 20
+    records = write_lines(tmp_path / "x.jsonl", *rows)
+    alone = encode(records, tokenizer=tokenizer, max_length=20, assistant_only_loss=True)
+    shared = encode(records, tokenizer=tokenizer, max_length=20, assistant_only_loss=True, num_proc=2)
+    assert shared.counts == alone.counts
+    assert list(shared.dataset) == list(alone.dataset)
+
+
+def test_types_of_columns(tokenizer):
+    features = encoded(PAIR, tokenizer=tokenizer).dataset.features
+    assert {name: feature.feature.dtype for name, feature in features.items()} == {
+        "input_ids": "int32", "labels": "int32"
+    }  # fmt: skip
