@@ -20,8 +20,8 @@ from recipes.support.records import Records
 from recipes.support.reporting import warn
 
 OnBadRecord = Literal["drop", "raise"]
-# What becomes of a record. IMPOSSIBLE is BAD for a reason that no single record has.
-USED, WITHOUT_TARGET, BAD, IMPOSSIBLE = range(4)
+# What becomes of a record. ALIKE: a pair of the same completion twice. IMPOSSIBLE: BAD by no fault of the record.
+USED, WITHOUT_TARGET, ALIKE, BAD, IMPOSSIBLE = range(5)
 
 _BATCH = 100  # records of 32,000 tokens each then take 50 MB
 

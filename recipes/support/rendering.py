@@ -52,7 +52,7 @@ class Renderer:
         Raises:
             BadRecordError: the template refuses them, or leaves out a tool.
         """
-        turns, options = [self._with_content(turn) for turn in turns], {"tools": tools, **(options or {})}
+        turns, options = self.with_contents(turns), {"tools": tools, **(options or {})}
         try:
             ids, mask = self._render(turns, options, prompt=prompt)
             self._require_tools(turns, options)
@@ -136,8 +136,9 @@ class Renderer:
                 mask[index] = 0
         return mask
 
-    def _with_content(self, turn: Turn) -> Turn:
-        return turn if turn.get("content") is not None else {**turn, "content": self._no_content}
+    def with_contents(self, turns: list[Turn]) -> list[Turn]:
+        """Return the turns, with a content that the template can take where a call has none."""
+        return [turn if turn.get("content") is not None else {**turn, "content": self._no_content} for turn in turns]
 
     @cached_property
     def _no_content(self) -> str | None:
