@@ -187,7 +187,9 @@ class Encoder:
         return ids, mask, begin < len(prompt_ids)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, verbose=False)["input_ids"])
+        ids = list(self._tokenizer(text, verbose=False)["input_ids"])
+        # Texts that a template was applied to begin with the token that the tokenizer puts before them.
+        return ids[1:] if ids[:2] == [self._tokenizer.bos_token_id] * 2 else ids
 
     def _closed(self, text: str) -> str:
         eos = self._tokenizer.eos_token

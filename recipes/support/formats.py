@@ -25,6 +25,7 @@ _INSTRUCTIONS = (
     ("questions", "query", None, "response"),
 )
 _BESIDE = ("system", "history")
+_OF_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 ALWAYS = ("tools", "chat_template_kwargs")
 
 
@@ -60,7 +61,8 @@ def recognise(records: Records, columns: Mapping[str, str | None] | None = None)
     Raises:
         RecipeError: a column that was given is missing, or none is known.
     """
-    given = {kind: column for kind, column in (columns or {}).items() if column}
+    # 'text' is TRL's default for the column of texts, and no choice.
+    given = {kind: column for kind, column in (columns or {}).items() if column and (kind, column) != ("text", "text")}
     records.require_columns(*((_FLAGS[kind], column) for kind, column in given.items()))
     present = set(records.dataset.column_names)
     found = _format_of_given(records, given) if given else _format_of_columns(records, present)
@@ -92,6 +94,11 @@ def _format_of_columns(records: Records, present: set[str]) -> Format | None:
     if chats := [column for column in CHATS if column in present]:
         return _chats(records, chats[0])
     if present.issuperset(("prompt", "completion")):
+        if records.dataset.features.get("label") == Value("bool"):
+            raise RecipeError(
+                f"{records.source} holds good and bad completions, told by 'label': that is data for KTO; to learn all"
+                " of them, give --prompt_column prompt."
+            )
         return _pairs(records, "prompt", "completion")
     if present.issuperset(("chosen", "rejected")):
         raise RecipeError(
@@ -223,11 +230,11 @@ def announced(records: Records, found: Format) -> Format:
     unused = [
         name
         for name, feature in records.dataset.features.items()
-        if feature in (Value("string"), Value("large_string")) and name not in (*found.columns, *ALWAYS)
-        if name != "id" and not name.endswith("_id")
+        if (feature in (Value("string"), Value("large_string")) or name in _OF_MEDIA)
+        if name not in (*found.columns, *ALWAYS) and name != "id" and not name.endswith("_id")
     ]
     if unused:
-        warn(f"{records.source}: not used: {', '.join(unused)} (columns of text)")
+        warn(f"{records.source}: columns that are not used: {', '.join(unused)}")
     return found
 
 

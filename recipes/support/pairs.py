@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from recipes.support import mapping
+from recipes.support import chat, mapping
 from recipes.support.errors import RecipeError
 from recipes.support.formats import Format, Row
 from recipes.support.mapping import ALIKE, BAD, USED, WITHOUT_TARGET, OnBadRecord
@@ -85,6 +85,9 @@ class PairCheck:
         if isinstance(pair["prompt"], str) != (self._renderer is None):
             kinds = ("text", "chats") if self._renderer else ("a chat", "text")
             raise BadRecordError(f"this record holds {kinds[0]}, those before it {kinds[1]}.")
+        if self._renderer is None and chat.begins_texts(self._tokenizer):
+            # TRL has the tokenizer begin the text, even one that a template began already.
+            pair["prompt"] = pair["prompt"].removeprefix(self._tokenizer.bos_token)
         prompt, chosen, rejected = self._render(pair)
         longest = max(len(chosen), len(rejected))
         status = USED
@@ -112,7 +115,7 @@ class PairCheck:
         turns = {name: self._renderer.with_contents(pair[name]) for name in ("prompt", *_COMPLETIONS)}
         tools = pair.get("tools")
         return {
-            **{name: [json.dumps(turn) for turn in chat] for name, chat in turns.items()},
+            **{name: [json.dumps(turn) for turn in messages] for name, messages in turns.items()},
             "tools": None if tools is None else json.dumps(tools),
             "chat_template_kwargs": json.dumps(pair.get("chat_template_kwargs") or {}),
         }

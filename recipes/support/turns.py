@@ -31,6 +31,9 @@ def read_turns(value: Any, *, nulls: bool = True) -> list[Turn]:
         BadRecordError: there is none, or one is no turn.
     """
     turns = _parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        # Older data sets keep a chat as one list for each key.
+        turns = [dict(zip(turns, values, strict=False)) for values in zip(*turns.values(), strict=False)]
     if not isinstance(turns, list) or not turns:
         raise BadRecordError("a chat must be a list of at least one message.")
     return [_read_turn(turn, nulls=nulls) for turn in turns]
@@ -71,7 +74,10 @@ def _read_turn(turn: Any, *, nulls: bool) -> Turn:
     calls = turn.get("tool_calls") or [call for call in [turn.get("function_call")] if call]
     if role == "function_call":
         content, calls = None, _parsed(content)
-    read = {"role": _ROLES.get(role, role), "content": _read_content(content, turn, may_lack=bool(calls)), **rest}
+    role = _ROLES.get(role, role)
+    if role == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)  # what a tool returned, before it was written
+    read = {"role": role, "content": _read_content(content, turn, may_lack=bool(calls)), **rest}
     if calls:
         calls = _parsed(calls) if isinstance(calls, str) else calls
         read["tool_calls"] = [

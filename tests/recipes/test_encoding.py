@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trl
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from recipes.support.chat import load_template
@@ -93,6 +94,19 @@ def test_completion_is_learnt_or_all_of_it(tokenizer):
     (row,) = encoded({"text": ASKED + eos}, tokenizer=tokenizer).dataset
     assert row["labels"] == row["input_ids"]
     assert tokenizer.decode(row["input_ids"]) == ASKED + eos
+
+
+def test_text_begins_once(tokenizer):
+    """A tokenizer that begins texts, and records that a template was applied to."""
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.bos_token_id)]
+    )
+    for text in ("The owl", "<|pad|>The owl"):
+        for row in ({"text": text}, {"prompt": text, "completion": " eats"}):
+            ids = encoded(row, tokenizer=tokenizer).dataset[0]["input_ids"]
+            assert ids.count(tokenizer.bos_token_id) == 1
+            assert ids[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("template", [MARKED, PLAIN], ids=["marked", "by prefixes"])
@@ -262,7 +276,7 @@ WITH_CALLS = [
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_CALLS if name != "qwen2_5_vl"])
-@pytest.mark.parametrize("assistant_only", [True, False])
+@pytest.mark.parametrize("assistant_only", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_stock_templates_carry_calls(name, assistant_only, tokenizer):
     tokenizer = with_template(tokenizer, name)
     options = {"assistant_only_loss": assistant_only, "max_length": None}

@@ -45,6 +45,7 @@ CHATS = {
     "ShareGPT": {"conversations": [turn("human", "Hi"), turn("gpt", "Ho")]},
     "ShareGPT with other names": {"conversation": [turn("user", "Hi"), turn("assistant", "Ho")]},
     "conversations of roles": {"conversations": [ASKED, ANSWER]},
+    "a list for each key": {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Ho"]}},
     "content in parts": {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
@@ -110,6 +111,11 @@ def test_null_that_was_written_is_an_argument():
     assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
 
 
+def test_what_a_tool_returned_may_be_an_object():
+    row = {"messages": [ASKED, {"role": "tool", "content": {"temperature": 20.5}}]}
+    assert converted(row)[0]["messages"][1] == {"role": "tool", "content": '{"temperature": 20.5}'}
+
+
 INSTRUCTIONS = {
     "Alpaca": ({"instruction": "Hi", "input": "", "output": "Ho"}, "Hi"),
     "Alpaca with input": ({"instruction": "Add", "input": "1 and 2", "output": "Ho", "text": "all"}, "Add\n\n1 and 2"),
@@ -145,6 +151,8 @@ def test_column_that_is_given_decides():
     row = {"messages": [ASKED, ANSWER], "prompt": "a", "completion": "b", "answer": "c", "body": "d"}
     assert converted(row, columns={"completion": "answer"}) == [{"prompt": "a", "completion": "c"}]
     assert converted(row, columns={"text": "body"}) == [{"text": "d"}]
+    # TRL's default is no choice.
+    assert converted(row, columns={"text": "text", "messages": None})[0]["messages"] == [ASKED, ANSWER]
     with pytest.raises(RecipeError, match=r"has no column 'chat' \(--messages_column\)"):
         converted(row, columns={"messages": "chat"})
     with pytest.raises(RecipeError, match=r"has no column 'body' \(--dataset_text_field\)"):
@@ -155,7 +163,7 @@ def test_format_is_named_and_columns_that_are_not_used_are_warned_of(capsys):
     converted({"instruction": "a", "output": "b", "source": "x", "id": "1", "text": "all"})
     shown = capsys.readouterr()
     assert shown.out == "rows: Alpaca (instruction, output) -> prompt, completion\n"
-    assert shown.err == "warning: rows: not used: source, text (columns of text)\n"
+    assert shown.err == "warning: rows: columns that are not used: source, text\n"
     converted({"conversations": [turn("human", "Hi")], "tools": "[]"})
     shown = capsys.readouterr()
     assert shown.out == "rows: ShareGPT conversations (conversations) -> messages\n"
@@ -172,6 +180,18 @@ def test_format_is_named_and_columns_that_are_not_used_are_warned_of(capsys):
 def test_unknown_columns_are_an_error(row, message):
     with pytest.raises(RecipeError, match=message):
         converted(row)
+
+
+def test_labels_of_good_and_bad_completions_are_an_error():
+    records = Records(Dataset.from_list([{"prompt": "a", "completion": "b", "label": False}]), "rows")
+    with pytest.raises(RecipeError, match="told by 'label': that is data for KTO"):
+        recognise(records)
+    assert recognise(records, {"prompt": "prompt"}).becomes == ("prompt", "completion")
+
+
+def test_pictures_that_are_not_used_are_warned_of(capsys):
+    converted({"messages": [ASKED, ANSWER], "images": ["a.png"]})
+    assert "columns that are not used: images" in capsys.readouterr().err
 
 
 BAD = {
