@@ -101,12 +101,38 @@ class Renderer:
             through = self._ids(turns[: index + 1], options)
             before = self._ids(turns[:index], options, prompt=True) if index else self._through_header(ids)
             if ids[: len(before)] != before or ids[: len(through)] != through:
-                raise BadRecordError(
-                    f"the chat template rewrites turns before number {index + 1}, so its tokens cannot be told apart;"
-                    " give the tokenizer a template with {% generation %}, or records of prompt and completion."
-                )
+                return ids, self._mask_by_marks(ids, sum(turn["role"] == "assistant" for turn in turns))
             mask[len(before) : len(through)] = [1] * (len(through) - len(before))
         return ids, mask
+
+    def _mask_by_marks(self, ids: list[int], num_turns: int) -> list[int]:
+        """Find the assistant's tokens between the marks of its turns, where a template rewrites earlier turns."""
+        begin, end = self._marks
+        mask, starts, ends = [0] * len(ids), _ends_of(begin, ids), []
+        for start in starts:
+            ends += [index + 1 for index in range(start, len(ids)) if ids[index] == end][:1]
+            if ends:
+                mask[start : ends[-1]] = [1] * (ends[-1] - start)
+        if not num_turns == len(starts) == len(ends):
+            raise BadRecordError(
+                "the chat template rewrites earlier turns, so that the assistant's tokens cannot be told apart; give"
+                " the tokenizer a template with {% generation %}, or records of prompt and completion."
+            )
+        return self._without_headers(ids, mask)
+
+    @cached_property
+    def _marks(self) -> tuple[list[int], int | None]:
+        """What begins a turn of the assistant that another one follows, and the token that ends it."""
+        try:
+            ids = self._ids([*_PROBE, {"role": "assistant", "content": "b"}, *_PROBE], {})
+        except Exception:  # a template that refuses this one chat
+            return [], None
+        # Where an answer is asked for, more may be given than stands in earlier turns.
+        begins = (self._header[:size] for size in range(len(self._header), 0, -1))
+        begin = next((tokens for tokens in begins if _ends_of(tokens, ids)), [])
+        tokens = {*self._tokenizer.all_special_ids, *self._tokenizer.get_added_vocab().values()}
+        rest = ids[_ends_of(begin, ids)[0] :] if begin else []
+        return begin, next((token for token in rest if token in tokens), None)
 
     @cached_property
     def _header(self) -> list[int]:
@@ -119,9 +145,7 @@ class Renderer:
 
     def _through_header(self, ids: list[int]) -> list[int]:
         """Return the tokens up to the assistant's first turn, which begins the chat."""
-        size = len(self._header)
-        starts = [index for index in range(len(ids) - size + 1) if ids[index : index + size] == self._header]
-        return ids[: starts[0] + size] if size and starts else []
+        return ids[: next(iter(_ends_of(self._header, ids)), 0)]
 
     def _without_headers(self, ids: list[int], mask: list[int]) -> list[int]:
         """Unmark what is given when an answer is asked for: some of TRL's copies mark it, or its end."""
@@ -168,6 +192,12 @@ class Renderer:
                         f"the chat template leaves out {kind} {value[:80]!r}: take a model whose template knows tools,"
                         " or give --chat_template."
                     )
+
+
+def _ends_of(part: list[int], ids: list[int]) -> list[int]:
+    """Return where `part` ends in `ids`, each time."""
+    size = len(part)
+    return [index + size for index in range(len(ids) - size + 1) if size and ids[index : index + size] == part]
 
 
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

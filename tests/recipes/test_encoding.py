@@ -228,9 +228,22 @@ def test_bad_record_is_named_after_holding_out(tokenizer, tmp_path):
         encode(records, tokenizer=tokenizer, max_length=512, on_bad_record="raise")
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    with pytest.raises(RecipeError, match="rows, record 1: the chat template rewrites turns before number 2"):
-        encoded({"messages": CHAT}, tokenizer=tokenizer, template=FORGETFUL, assistant_only_loss=True)
+@pytest.mark.parametrize("template", [FORGETFUL, "{# mine #}", "ours"], ids=["counts turns", "of Qwen3", "of Qwen3.5"])
+def test_template_that_rewrites_earlier_turns_is_read_by_its_marks(template, tokenizer):
+    """TRL knows none of these: two are its own but for a comment."""
+    if template != FORGETFUL:
+        tokenizer = with_template(tokenizer, "qwen3" if template == "{# mine #}" else "qwen3_5_nothink")
+        template = "{# mine #}" + tokenizer.chat_template
+    (row,) = encoded({"messages": CHAT}, tokenizer=tokenizer, template=template, assistant_only_loss=True).dataset
+    first, second = (run.removeprefix("<think>\n\n</think>\n\n") for run in targets(row, tokenizer))
+    end = tokenizer.eos_token if template == FORGETFUL else "<|im_end|>"
+    assert (first, second) == (f"{ANSWER}{end}", f"The goat eats grass.{end}")
+
+
+def test_template_whose_turns_cannot_be_told_is_refused(tokenizer):
+    template = FORGETFUL.replace("assistant:", "{{ messages|length }}")
+    with pytest.raises(RecipeError, match="rows, record 1: the chat template rewrites earlier turns"):
+        encoded({"messages": CHAT}, tokenizer=tokenizer, template=template, assistant_only_loss=True)
     assert encoded({"messages": CHAT}, tokenizer=tokenizer).counts.used == 1
 
 
