@@ -2,14 +2,18 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from recipes.support.chat import load_template
 from recipes.support.encoding import IGNORED, encode
@@ -345,3 +349,60 @@ def test_types_of_columns(tokenizer):
     assert {name: feature.feature.dtype for name, feature in features.items()} == {
         "input_ids": "int32", "labels": "int32"
     }  # fmt: skip
+
+
+LIKE_TRL = {
+    "text": ([{"text": ASKED}, {"text": ANSWER}], {}),
+    "pairs": ([PAIR, {"prompt": "What does the ", "completion": "owl eat?"}], {}),
+    "all of pairs": ([PAIR], {"completion_only_loss": False}),
+    "chats": ([{"messages": CHAT}, {"messages": CHAT[:2]}], {}),
+    "assistant of chats": ([{"messages": CHAT}, {"messages": CHAT[:2]}], {"assistant_only_loss": True}),
+    "pairs of chats": ([{"prompt": CHAT[:3], "completion": CHAT[3:]}], {}),
+    # TRL gets 0.3 from datasets as 0.30000000000000004.
+    "tools": ([{"messages": json.loads(json.dumps(CALLS).replace("0.3", "3")), "tools": json.dumps([TOOL])}], {}),
+}
+
+
+@pytest.mark.parametrize(("rows", "options"), LIKE_TRL.values(), ids=LIKE_TRL)
+def test_tokens_and_targets_are_those_of_trl(rows, options, tokenizer, tiny_model, tmp_path):
+    """TRL's own preparation, and what it does with ours: batches and rows of several records."""
+    tokenizer.chat_template = WITH_TOOLS if "tools" in rows[0] else MARKED
+    model, ours = AutoModelForCausalLM.from_pretrained(tiny_model), encoded(*rows, tokenizer=tokenizer, **options)
+
+    def trainer(dataset, **more):
+        arguments = SFTConfig(str(tmp_path), max_length=512, report_to="none", use_cpu=True, **more)
+        return SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+
+    theirs = trainer(records_of(*rows).dataset, **options).train_dataset
+    assert list(ours.dataset) == list(theirs.select_columns(["input_ids", "labels"]))
+    taken = trainer(ours.dataset, dataset_kwargs={"skip_prepare_dataset": True})
+    batch = next(iter(taken.get_train_dataloader()))
+    assert (batch["labels"] != IGNORED).sum() == sum(
+        label != IGNORED for row in ours.dataset["labels"] for label in row
+    )
+    packed = pack_dataset(ours.dataset, 512)
+    assert sum(packed["seq_lengths"][0]) == ours.counts.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_memory_does_not_grow_with_the_records(tokenizer, tmp_path):
+    """What is in memory alone, not mapped from a file: the same for ten times as many records."""
+    tokenizer.chat_template = MARKED
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    program = (
+        "import sys; from transformers import AutoTokenizer; from recipes.support import encoding, records\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1]); data = records.load_file(sys.argv[2])\n"
+        "encoding.encode(data, tokenizer=tokenizer, max_length=600, assistant_only_loss=True)\n"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')][0])"
+    )
+    used = []
+    for count in (2_000, 20_000):
+        path = tmp_path / f"{count}.jsonl"
+        line = json.dumps({"messages": [{**turn, "content": f"{turn['content']} " * 25} for turn in CHAT]})
+        path.write_text(f"{line}\n" * count)
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"), str(path)]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=500)
+        used.append(int(output.stdout.split()[-1]))
+    assert used[1] - used[0] < 100_000, used
