@@ -1,6 +1,7 @@
 """How preferences are written, told by their columns, and how they become a prompt and two completions."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from recipes.support.formats import (
     system_turn,
 )
 from recipes.support.records import Records
-from recipes.support.turns import BadRecordError, Turn
+from recipes.support.turns import BadRecordError, Turn, read_turns
 
 # Columns that may hold the prompt as text, each with the one that may add to it.
 _REQUESTS = (("prompt", None), ("instruction", "input"), ("question", None), ("query", None))
@@ -43,32 +44,44 @@ def recognise_pairs(
     records.require_columns(("chosen_column", chosen), ("rejected_column", rejected))
     if "prompt" in given:
         records.require_columns(("prompt_column", given["prompt"]))
-    present = set(records.dataset.column_names)
-    chat = next((column for column in CHATS if column in present), None)
-    prompt, about = next(
-        (entry for entry in ((given.get("prompt"), None), *_REQUESTS) if entry[0] in present), (None, None)
-    )
     answer = first_value(records, chosen)
-    is_chat = isinstance(answer, list | dict)
-    read = _Pair(
-        chosen,
-        rejected,
-        given.get("prompt") or chat or prompt,
-        about if about in present else None,
-        has_nulls(records, chosen),
-        has_template,
-    )
-    if isinstance(answer, str) and answer.startswith(_HUMAN) and prompt is None:
+    prompt, about = _prompt_columns(records, given.get("prompt"), answer)
+    if isinstance(answer, list | dict):
+        name = "preferences in chats"
+    elif prompt is not None:
+        name = "preferences in text"
+    elif isinstance(answer, str) and answer.startswith(_HUMAN):
         name = "dialogues of Human and Assistant"
-    elif prompt is None and chat is None and not is_chat:
+    else:
         raise RecipeError(
             f"{records.source} has no column 'prompt' (--prompt_column); its columns are"
             f" {', '.join(records.dataset.column_names)}."
         )
-    else:
-        name = "preferences in chats" if is_chat else "preferences in text"
-    used = (chosen, rejected, *(column for column in (read.prompt, read.about, "system") if column in present))
-    return announced(records, Format(name, used, ("prompt", "chosen", "rejected"), read))
+    read = _Pair(
+        chosen,
+        rejected,
+        prompt,
+        about,
+        nulls=has_nulls(records, chosen),
+        has_template=has_template,
+        # All records alike, whether or not this one has a system prompt.
+        becomes_chat=has_template and (about is not None or "system" in records.dataset.column_names),
+    )
+    beside = (column for column in (prompt, about, "system") if column in records.dataset.column_names)
+    return announced(records, Format(name, (chosen, rejected, *beside), ("prompt", "chosen", "rejected"), read))
+
+
+def _prompt_columns(records: Records, given: str | None, answer: Any) -> tuple[str | None, str | None]:
+    """Return the column of the prompt, and the one that adds to it, if there are such."""
+    present = records.dataset.column_names
+    for prompt, about in ((given, None), *_REQUESTS):
+        if prompt in present:
+            return prompt, about if about in present else None
+    # Beside whole chats, another one is the chosen chat once more.
+    is_whole = False
+    with suppress(BadRecordError):  # the record is named later
+        is_whole = isinstance(answer, list) and read_turns(answer)[0]["role"] != "assistant"
+    return None if is_whole else next((column for column in CHATS if column in present), None), None
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ class _Pair:
     about: str | None
     nulls: bool
     has_template: bool
+    becomes_chat: bool
 
     def __call__(self, row: Row) -> Row:
         chosen, rejected = row[self.chosen], row[self.rejected]
@@ -88,7 +102,7 @@ class _Pair:
         if isinstance(chosen, str) and isinstance(rejected, str):
             if asked is None and chosen.startswith(_HUMAN):
                 return self._read_dialogue(chosen, rejected)
-            if isinstance(asked, str) and not (self.has_template and (row.get("system") or self.about)):
+            if isinstance(asked, str) and not self.becomes_chat:
                 system = [row["system"]] if row.get("system") else []
                 prompt = "\n\n".join([*system, request_of(row, str(self.prompt), self.about)])
                 return _checked(prompt, chosen, rejected)

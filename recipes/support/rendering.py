@@ -56,6 +56,8 @@ class Renderer:
         try:
             ids, mask = self._render(turns, options, prompt=prompt)
             self._require_tools(turns, options)
+            if not prompt and any(_is_given(turn) for turn in turns):
+                mask = self._without_given(turns, mask)
         except BadRecordError:
             raise
         except (
@@ -134,6 +136,21 @@ class Renderer:
         rest = ids[_ends_of(begin, ids)[0] :] if begin else []
         return begin, next((token for token in rest if token in tokens), None)
 
+    def _without_given(self, turns: list[Turn], mask: list[int]) -> list[int]:
+        """Unmark the assistant's turns that are not to be learnt."""
+        starts = [index for index, marked in enumerate(mask) if marked and not (index and mask[index - 1])]
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        if not self._marks_assistant or len(starts) != len(answers):
+            raise BadRecordError(
+                "a message has the weight 0 (or train: false), which takes assistant_only_loss and turns that can be"
+                " told apart."
+            )
+        for start, turn in zip(starts, answers, strict=True):
+            end = mask.index(0, start) if 0 in mask[start:] else len(mask)
+            if _is_given(turn):
+                mask[start:end] = [0] * (end - start)
+        return mask
+
     @cached_property
     def _header(self) -> list[int]:
         """What begins a turn of the assistant."""
@@ -192,6 +209,11 @@ class Renderer:
                         f"the chat template leaves out {kind} {value[:80]!r}: take a model whose template knows tools,"
                         " or give --chat_template."
                     )
+
+
+def _is_given(turn: Turn) -> bool:
+    """Whether a turn of the assistant is not learnt, as OpenAI's and axolotl's records say it."""
+    return turn["role"] == "assistant" and (turn.get("weight", 1) == 0 or turn.get("train", True) is False)
 
 
 def _ends_of(part: list[int], ids: list[int]) -> list[int]:

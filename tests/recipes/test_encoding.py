@@ -344,6 +344,16 @@ def test_several_processes_tokenise_the_same(tokenizer, tmp_path):
     assert list(shared.dataset) == list(alone.dataset)
 
 
+@pytest.mark.parametrize("template", [MARKED, PLAIN, FORGETFUL])
+@pytest.mark.parametrize("given", [{"weight": 0}, {"train": False}], ids=["OpenAI", "axolotl"])
+def test_turn_that_is_not_to_be_learnt(given, template, tokenizer):
+    rows = [{"messages": [CHAT[0], {**CHAT[1], **given}, *CHAT[2:]]}]
+    made = encoded(*rows, tokenizer=tokenizer, template=template, assistant_only_loss=True)
+    assert targets(made.dataset[0], tokenizer) == [f"The goat eats grass.{tokenizer.eos_token}"]
+    with pytest.raises(RecipeError, match=r"the weight 0 .* takes assistant_only_loss"):
+        encoded(*rows, tokenizer=tokenizer)
+
+
 def test_types_of_columns(tokenizer):
     features = encoded(PAIR, tokenizer=tokenizer).dataset.features
     assert {name: feature.feature.dtype for name, feature in features.items()} == {

@@ -232,6 +232,13 @@ PAIRS = {
     "explicit and repeated": {"prompt": [ASKED], "chosen": [ASKED, ANSWER], "rejected": [ASKED, OTHER]},
     "implicit": {"chosen": [ASKED, ANSWER], "rejected": [ASKED, OTHER]},
     "UltraFeedback": {"prompt": "Hi", "chosen": [ASKED, ANSWER], "rejected": [ASKED, OTHER]},
+    "UltraFeedback, whole": {
+        "prompt": "Hi",
+        "messages": [ASKED, ANSWER],
+        "chosen": [ASKED, ANSWER],
+        "rejected": [ASKED, OTHER],
+    },
+    "whole chats": {"messages": [ASKED, ANSWER], "chosen": [ASKED, ANSWER], "rejected": [ASKED, OTHER]},
     "prompt as text": {"prompt": "Hi", "chosen": [ANSWER], "rejected": [OTHER]},
     "completions as text": {"prompt": [ASKED], "chosen": "Ho", "rejected": "Hu"},
     "ShareGPT": {"conversations": [turn("human", "Hi")], "chosen": turn("gpt", "Ho"), "rejected": turn("gpt", "Hu")},
@@ -254,6 +261,14 @@ def test_preferences_in_text():
         SYSTEM,
         ASKED,
     ]
+
+
+def test_system_prompt_that_only_some_records_have():
+    rows = [{"system": system, "question": "Hi", "chosen": "Ho", "rejected": "Hu"} for system in ("", "Be kind.")]
+    for has_template, prompts in ((True, [[ASKED], [SYSTEM, ASKED]]), (False, ["Hi", "Be kind.\n\nHi"])):
+        records = records_of(*rows)
+        found = recognise_pairs(records, has_template=has_template)
+        assert [found.convert(row)["prompt"] for row in records.dataset] == prompts
 
 
 def test_dialogues_of_human_and_assistant():
