@@ -89,9 +89,21 @@ def find_file(name: str, files: list[RecipeFile]) -> RecipeFile:
     raise LookupError(f"no recipe is called {name!r}; {advice}")
 
 
+def stands_alone(script: RecipeFile) -> bool:
+    """Whether a script imports nothing of the recipes, and so takes no configuration either."""
+    found = ast.walk(ast.parse(script.path.read_text(encoding="utf-8")))
+    return not any(isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("recipes.") for node in found)
+
+
 def files_to_run(script: RecipeFile, folder: Path) -> Iterator[Path]:
-    """Yield what a copy of `script` needs: all of the package but the other scripts, relative to `folder`."""
+    """Yield what a copy of `script` needs, relative to `folder`.
+
+    That is all of the package but the other scripts; beside a script that stands alone, the launch files.
+    """
     recipes = folder / "recipes"
+    if stands_alone(script):
+        yield from (path.relative_to(folder) for path in (script.path, *sorted(recipes.glob("accelerate/*.*"))))
+        return
     for path in sorted(recipes.rglob("*")):
         inside = path.relative_to(recipes)
         is_other_script = len(inside.parts) == 1 and path.suffix == ".py" and path.name != "__init__.py"

@@ -154,7 +154,7 @@ def _differs(source: Path, target: Path) -> bool:
 
 def _say_what_to_run(file: RecipeFile, target: Path, *, num_files: int) -> None:
     if file.kind == "script":
-        print(f"wrote {target} and {num_files - 1} files that it needs; run it with: python {target}")
+        print(f"wrote {target} and {num_files - 1} files for it; run it with: python {target}")
     elif file.kind == "launch":
         option = "--deepspeed_config_file" if target.suffix == ".json" else "--config_file"
         print(f"wrote {target}; use it with: accelerate launch {option} {target} ...")
@@ -167,14 +167,15 @@ def _say_what_to_run(file: RecipeFile, target: Path, *, num_files: int) -> None:
 
 def _with_recipes(paths: list[str], recipe: str | None, files: list[RecipeFile]) -> list[tuple[str, str]]:
     """Put before each path the module of its script."""
-    scripts = {file.path.name for file in files if file.kind == "script"}
+    scripts = {file.path.name for file in files if file.kind == "script" and not recipe_files.stands_alone(file)}
     found = []
     for path in paths:
         script = recipe or recipe_files.recipe_of(Path(path).read_text(encoding="utf-8")) or "sft.py"
         script = script if script.endswith(".py") else f"{script}.py"
         if script not in scripts:
             raise LookupError(
-                f"{path} is for {script}, which is no recipe: --recipe takes {', '.join(sorted(scripts))}"
+                f"{path} is for {script}, which is no recipe with configurations:"
+                f" --recipe takes {', '.join(sorted(scripts))}"
             )
         found.append((script.removesuffix(".py"), path))
     return found

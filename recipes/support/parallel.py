@@ -6,12 +6,10 @@ import torch
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from packaging.version import Version
-from peft import PeftModel
-from peft.utils.other import fsdp_auto_wrap_policy
 from transformers import PreTrainedConfig
 
 from recipes.support.adapters import is_pattern
-from recipes.support.arguments import LoopArguments, LoraArguments, SftModelArguments
+from recipes.support.arguments import LoraArguments, SftModelArguments
 from recipes.support.errors import RecipeError
 from recipes.support.reporting import warn
 
@@ -154,33 +152,6 @@ def keep_all_copies(accelerator: Accelerator) -> None:
     """
     if is_tensor_parallel(accelerator):
         accelerator.gather_for_metrics = accelerator.gather
-
-
-def num_copies(accelerator: Accelerator) -> int:
-    """Return how many processes see the same batch; what they count must be divided by it."""
-    return int(accelerator.parallelism_config.tp_size) if is_tensor_parallel(accelerator) else 1
-
-
-def sum_of_replicas(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a number over the processes, each batch counted once.
-
-    Communication: one gather.
-    """
-    return accelerator.gather(value.reshape(1)).sum() / num_copies(accelerator)
-
-
-def configure_plugins(accelerator: Accelerator, model: torch.nn.Module, arguments: LoopArguments) -> None:
-    """Tell FSDP1 and DeepSpeed, before they get the model, what the Trainer would tell them."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "gradient_clipping": arguments.max_grad_norm,
-            "train_micro_batch_size_per_gpu": arguments.per_device_train_batch_size,
-        }
-    elif accelerator.distributed_type == DistributedType.FSDP and isinstance(model, PeftModel):
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version == 1:
-            # An adapter beside frozen weights in one flat parameter would cost the memory of their gradients.
-            plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
 
 
 def leave_embeddings_apart(accelerator: Accelerator, model: torch.nn.Module) -> None:

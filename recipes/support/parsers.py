@@ -8,7 +8,6 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support.arguments import (
     ClassifyDataArguments,
-    LoopArguments,
     LoraArguments,
     ModelArguments,
     RunArguments,
@@ -30,7 +29,6 @@ DEMO_CONFIGS = {
     "classify": CONFIGS / "demo" / "classify.yaml",
     "domains": CONFIGS / "demo" / "domains.yaml",
     "dpo": CONFIGS / "demo" / "dpo-lora.yaml",
-    "no_trainer": CONFIGS / "demo" / "no-trainer-lora.yaml",
     "seq2seq": CONFIGS / "demo" / "seq2seq.yaml",
     "sft": CONFIGS / "demo" / "sft-lora.yaml",
     "shift": CONFIGS / "demo" / "shift.yaml",
@@ -80,15 +78,6 @@ def dpo() -> RecipeParser:
         # As in the other recipes, and not as in TRL, these are off until they are asked for.
         bf16=False,
         gradient_checkpointing=False,
-    )
-
-
-def no_trainer() -> RecipeParser:
-    """Return the parser of every argument."""
-    return RecipeParser(
-        [RunArguments, SftModelArguments, SftDataArguments, LoraArguments, LoopArguments],
-        prog="no_trainer.py",
-        description="Fine-tune a causal language model in a hand-written loop. Without arguments: the embedded demo.",
     )
 
 

@@ -137,7 +137,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(capsys, tmp_path):
 def test_copy_of_a_script_has_all_that_it_imports(script, tmp_path, capsys):
     assert hf_tam(capsys, "copy", script.name, tmp_path)[0] == 0
     copied = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.py")}
-    assert {path for path in copied if path.count("/") == 1} == {"recipes/__init__", f"recipes/{script.path.stem}"}
+    package = set() if recipe_files.stands_alone(script) else {"recipes/__init__"}
+    assert {path for path in copied if path.count("/") == 1} == {f"recipes/{script.path.stem}", *package}
     for path in tmp_path.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("recipes"):
@@ -146,13 +147,22 @@ def test_copy_of_a_script_has_all_that_it_imports(script, tmp_path, capsys):
                     assert name in copied, f"{path} imports {name}"
 
 
+def test_copy_of_the_loop_is_one_file_and_those_to_launch_it_with(tmp_path, capsys):
+    assert hf_tam(capsys, "copy", "no_trainer", tmp_path)[0] == 0
+    launch = {path.relative_to(ROOT) for path in (ROOT / "recipes" / "accelerate").iterdir()}
+    copied = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert copied == {Path("recipes/no_trainer.py"), *launch}
+
+
 def test_validate_before_anything_is_imported(capsys, tmp_path, monkeypatch):
     path = tmp_path / "x.yaml"
     status, _, error = hf_tam(capsys, "validate", path)
     assert (status, f"{path}: No such file" in error) == (1, True)
     path.write_text("# Launch:    python mine.py\n")
     status, _, error = hf_tam(capsys, "validate", path)
-    assert (status, "is for mine.py, which is no recipe: --recipe takes classify.py" in error) == (1, True)
+    assert (status, "is no recipe with configurations: --recipe takes classify.py" in error) == (1, True)
+    status, _, error = hf_tam(capsys, "validate", path, "--recipe", "no_trainer")
+    assert (status, "is for no_trainer.py, which is no recipe with configurations" in error) == (1, True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, error = hf_tam(capsys, "validate", path)
     assert (status, "pip install 'hf-tam[recipes]'" in error) == (1, True)

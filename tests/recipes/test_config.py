@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hf_tam.cli import recipe_files
-from recipes import classify, domains, dpo, no_trainer, seq2seq, sft, shift, vision
+from recipes import classify, domains, dpo, seq2seq, sft, shift, vision
 from recipes.support.arguments import DatasetArguments, LoraArguments
 from recipes.support.config import CONFIGS, FORMER_NAMES, flags_from_yaml, parse_recipe_arguments
 from tests.tables import check_rows
@@ -14,7 +14,6 @@ NAMED = {f"{path.parent.name}/{path.stem}": path for path in CONFIG_FILES}
 RECIPES = {
     "sft.py": sft,
     "classify.py": classify,
-    "no_trainer.py": no_trainer,
     "dpo.py": dpo,
     "seq2seq.py": seq2seq,
     "vision.py": vision,
@@ -180,14 +179,5 @@ def test_one_source_of_data():
 )
 def test_steps_ask_for_their_strategy(flags, saves, evaluates):
     """The demo's file says epoch; a flag with a number of steps must not be without effect."""
-    for recipe in (sft, no_trainer):
-        arguments = parse(*flags, recipe=recipe)[-1]
-        assert (arguments.save_strategy, arguments.eval_strategy) == (saves, evaluates)
-
-
-def test_demo_without_the_trainer_is_that_of_sft():
-    *groups, training = parse()
-    *others, loop = parse(recipe=no_trainer)
-    assert groups[1:] == others[1:]
-    shared = (set(vars(loop)) & set(vars(training))) - {"output_dir", "eval_steps"}
-    assert {name: getattr(loop, name) for name in shared} == {name: getattr(training, name) for name in shared}
+    arguments = parse(*flags)[-1]
+    assert (arguments.save_strategy, arguments.eval_strategy) == (saves, evaluates)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from recipes import classify, no_trainer, sft
+from recipes import classify, sft
 from recipes.support.arguments import LoraArguments
 from recipes.support.config import parse_recipe_arguments
 from recipes.support.configs_table import table
@@ -13,7 +13,7 @@ from tests.recipes import architectures
 from tests.recipes.conftest import ROOT
 
 README = (ROOT / "recipes" / "README.md").read_text()
-RECIPES = {"recipes/sft.py": sft, "recipes/classify.py": classify, "recipes/no_trainer.py": no_trainer}
+RECIPES = {"recipes/sft.py": sft, "recipes/classify.py": classify}
 # But for those that leave something out, or name a file that was copied.
 COMMANDS = [
     line.strip()

@@ -1,4 +1,4 @@
-"""Every file of recipes/accelerate, launched with both scripts, is the strategy it names, and trains one adapter."""
+"""Every file of recipes/accelerate, launched with sft.py, is the strategy it names, and trains one adapter."""
 
 import functools
 import json
@@ -97,7 +97,6 @@ def launch(fork_server, tiny_model, tmp_path_factory):
             pytest.importorskip("deepspeed")
         folder = output_dir or tmp_path_factory.mktemp(f"{script}-{strategy}") / "out"
         reports = tmp_path_factory.mktemp("reports")
-        micro_batches = 2 if script == "no_trainer" and strategy.num_processes < 4 else 1
         launcher = [*(strategy.config or ("--config_file", f"recipes/accelerate/{strategy}.yaml")), *strategy.launch]
         launcher += ["--num_processes", strategy.num_processes, "--mixed_precision", precision]
         launcher += ["--main_process_port", 0] if strategy.num_processes > 1 else []
@@ -108,8 +107,7 @@ def launch(fork_server, tiny_model, tmp_path_factory):
             "max_steps": NUM_STEPS,
             "learning_rate": 3e-3,
             "warmup_steps": 1,
-            "per_device_train_batch_size": RECORDS_A_STEP // strategy.num_replicas // micro_batches,
-            "gradient_accumulation_steps": micro_batches,
+            "per_device_train_batch_size": RECORDS_A_STEP // strategy.num_replicas,
             "max_eval_samples": 7,
             "per_device_eval_batch_size": 3,
             "num_sample_generations": 1,
@@ -144,30 +142,27 @@ needs_tensor_parallel_adapters = pytest.mark.skipif(
 LOADS_SHARDS = Version(version("accelerate")) >= Version("1.13")
 
 
-# One of each kind; tests/sharding has the numbers of all.
 # One of each kind; tests/sharding trains under all of them, and the others are slow.
-IN_GATE = {(name, "sft") for name in ("single", "fsdp2", "zero3")}
+IN_GATE = ("single", "fsdp2", "zero3")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("strategy", "script"),
+    "strategy",
     [
         pytest.param(
             each,
-            script,
-            id=f"{each.name}-{script}",
+            id=f"{each.name}-sft",
             marks=[
                 *[needs_tensor_parallel_adapters] * (each.name == "tp"),
-                *[pytest.mark.slow] * ((each.name, script) not in IN_GATE),
+                *[pytest.mark.slow] * (each.name not in IN_GATE),
             ],
         )
         for each in STRATEGIES
-        for script in ("sft", "no_trainer")
     ],
 )
-def test_launch(strategy, script, launch, whole, tmp_path):
-    run = launch(strategy, script)
+def test_launch(strategy, launch, whole, tmp_path):
+    run = launch(strategy, "sft")
     assert_strategy(strategy, run.reports)
     assert_torques(run.reports)
     assert run.results["strategy"] == strategy.description
@@ -182,7 +177,7 @@ def test_launch(strategy, script, launch, whole, tmp_path):
     resumed_folder = tmp_path / "resumed"
     shutil.copytree(run.folder / f"checkpoint-{SAVED_AT}", resumed_folder / f"checkpoint-{SAVED_AT}")
     shutil.copy(run.folder / "metrics.jsonl", resumed_folder)
-    resumed = launch(strategy, script, "--resume_from_checkpoint=true", output_dir=resumed_folder)
+    resumed = launch(strategy, "sft", "--resume_from_checkpoint=true", output_dir=resumed_folder)
     assert len(resumed.reports[0]["torques"]) < len(run.reports[0]["torques"])
     assert_equal_adapters(resumed.adapter, run.adapter, atol=0)
 
@@ -195,7 +190,7 @@ def test_tensor_parallelism_by_the_flag_alone(fork_server, tiny_model, tmp_path)
     flags += ["--tp_size=2", "--max_steps=3", "--max_eval_samples=4", "--num_sample_generations=0"]
     flags += ["--save_strategy=no", "--lora_target_modules", *COLUMN_WISE]
     completed = fork_server.run(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/no_trainer.py", *flags],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/sft.py", *flags],
         timeout=400,
         ACCELERATE_USE_CPU="true",
         STRATEGY_REPORTS=str(tmp_path),
@@ -327,7 +322,8 @@ def assert_strategy(strategy, reports):
             assert report["zero_stage"] == int(strategy.name[-1])
         elif strategy.name == "tp":
             cut = {"kind": "DTensor", "mesh": [2], "placements": ["S(0)"]}
-            assert sorted(map(str, report["parameters"])) == sorted(map(str, [cut, {"kind": "tensor"}] * 4 * 5))
+            of_each = len(report["parameters"]) // 2
+            assert sorted(map(str, report["parameters"])) == sorted(map(str, [cut, {"kind": "tensor"}] * of_each))
         else:
             assert report["parameters"] == [PARAMETERS[strategy.name]] * len(report["parameters"])
 
