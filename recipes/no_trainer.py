@@ -34,7 +34,7 @@ class Arguments:
     """Names and meanings are those of TRL and transformers."""
 
     model_name_or_path: str = HfArg(help="Folder, or name on the hub.")
-    train_file: str = HfArg(help="Records of messages, prompt and completion, or text: .jsonl, .csv or .parquet.")
+    train_file: str = HfArg(help="Records of messages, prompt and completion, or text: .jsonl, .json or .parquet.")
     validation_file: str | None = HfArg(default=None, help="Records to evaluate on; by default a tenth is held out.")
     max_length: int = HfArg(default=1024, help="Longest record in tokens; what is over is cut.")
     assistant_only_loss: bool = HfArg(default=False, help="Of a chat, learn what its template marks as generation.")
@@ -61,7 +61,7 @@ class Arguments:
 
 
 (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+size, accumulated, max_length = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_length
 accelerator = Accelerator(gradient_accumulation_steps=accumulated, step_scheduler_with_optimizer=False)
 is_main, is_deepspeed = accelerator.is_main_process, accelerator.distributed_type == "DEEPSPEED"
 # Under tensor parallelism the processes work on the same records, else each on its share of them.
@@ -70,14 +70,14 @@ num_shares, share = accelerator.num_processes // tp_size, accelerator.process_in
 transformers.set_seed(args.seed)
 tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="right")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+collate, assistant_only = transformers.DataCollatorForSeq2Seq(tokenizer), args.assistant_only_loss
 
 
 def encode(record: dict) -> dict[str, list[int]]:
     """Return the tokens of a record and their labels: of a pair the completion is learnt, of others everything."""
     if "messages" in record:
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in record["messages"]]
-        options = {"tools": record.get("tools"), "return_assistant_tokens_mask": args.assistant_only_loss}
+        options = {"tools": record.get("tools"), "return_assistant_tokens_mask": assistant_only}
         chat = tokenizer.apply_chat_template(turns, return_dict=True, **options)
         ids, is_target = chat["input_ids"], chat.get("assistant_masks", [1] * len(chat["input_ids"]))
     else:
@@ -86,7 +86,7 @@ def encode(record: dict) -> dict[str, list[int]]:
         ids = [*prompt, *tokenizer(text, add_special_tokens=not prompt)["input_ids"], tokenizer.eos_token_id]
         is_target = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
     labels = [token if wanted else IGNORED for token, wanted in zip(ids, is_target, strict=True)]
-    return {"input_ids": ids[: args.max_length], "labels": labels[: args.max_length]}
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 with accelerator.main_process_first():  # the others find its work in the cache
@@ -95,7 +95,7 @@ with accelerator.main_process_first():  # the others find its work in the cache
     splits = splits if args.validation_file else splits["train"].train_test_split(0.1, seed=args.seed)
     encoded = splits.map(encode).select_columns(["input_ids", "labels"])
     kept = encoded.filter(lambda labels: max(labels[1:], default=IGNORED) != IGNORED, input_columns="labels")
-accelerator.print(f"records: {encoded.num_rows}, with a target within {args.max_length} tokens: {kept.num_rows}")
+accelerator.print(f"records: {encoded.num_rows}, with a target within {max_length} tokens: {kept.num_rows}")
 records_a_step = size * accumulated * num_shares
 steps_an_epoch = math.ceil(len(kept["train"]) / records_a_step)
 num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -237,7 +238,7 @@ def test_a_run_that_learns_nothing_ends_with_a_line(options, message, run):
 )
 def test_what_is_saved_has_the_loss_that_was_reported(auto_class, options, run):
     """Of all targets of the records that were held out, each counted once."""
-    folder = run(**options)
+    folder = run(**options, per_device_train_batch_size=4)
     model = auto_class.from_pretrained(folder).eval()
     total, count = 0.0, 0
     for row in run.names["kept"]["test"]:
@@ -258,4 +259,26 @@ def test_the_report_finds_what_it_draws(run):
 @pytest.mark.long
 def test_a_tenth_is_held_out(run):
     run(validation_file=None, max_steps=1)
-    assert run.names["kept"].num_rows == {"train": 17, "test": 2}
+    assert run.names["kept"].num_rows == {"train": 16, "test": 2}
+
+
+@pytest.mark.long
+def test_records_are_encoded_once(run):
+    """Whatever else is changed, for example to resume; the whole of the arguments would be another key each time."""
+    run("first", max_steps=1)
+    before = run.names["kept"]["train"].cache_files
+    run("second", max_steps=1, learning_rate=1e-4, resume_from_checkpoint="auto")
+    assert run.names["kept"]["train"].cache_files == before
+    run("third", max_steps=1, max_length=6)
+    assert run.names["kept"]["train"].cache_files != before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suffix", ["parquet", "json"])
+def test_other_formats(suffix, run, tmp_path):
+    table = Dataset.from_dict({"prompt": ["the owl", ""], "completion": ["eats mice", "the goat eats"]})
+    getattr(table, f"to_{suffix}")(tmp_path / f"records.{suffix}")
+    files = dict.fromkeys(("train_file", "validation_file"), tmp_path / f"records.{suffix}")
+    run(**files, max_steps=1, save_steps=0)
+    decoded = [run.names["tokenizer"].decode(row["input_ids"]) for row in run.names["kept"]["train"]]
+    assert decoded == ["the owl eats mice <end>", "the goat eats <end>"]

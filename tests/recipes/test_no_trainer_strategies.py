@@ -80,7 +80,7 @@ def named(name):
     ],
 )
 def test_a_strategy_trains_what_one_process_trains(strategy, run, whole, tmp_path):
-    """More steps than an epoch has: the last of each has fewer records, and one process of several may have none."""
+    """More steps than an epoch has: the last of each has fewer records, and some processes have none of them."""
     folder, reports = run(strategy, "out")
     assert_strategy(strategy, reports)
     assert_torques(reports)
