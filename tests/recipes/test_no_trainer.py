@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_tam.lab.report.reading import read_runs
+from tests.recipes.conftest import ROOT
 from tests.recipes.loop_runs import (
     NUM_RECORDS,
     OPTIONS,
@@ -55,6 +57,16 @@ def test_it_is_one_short_file_that_needs_nothing_of_the_recipes():
     names = {alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in imported if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in names} <= LIBRARIES | sys.stdlib_module_names
+
+
+def test_what_is_written_about_it_names_arguments_that_it_has():
+    (arguments,) = [node for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.ClassDef)]
+    names = {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    section = readme.split("## A loop of your own")[1].split("\n## ")[0]
+    told = re.findall(r"(?<=--)\w+", section + ast.get_docstring(ast.parse(SCRIPT.read_text())))
+    assert "use_peft" in told
+    assert set(told) - {"config_file"} <= names
 
 
 CHAT_TOKENS = "<user> what does the owl eat <end> <assistant> the owl eats mice and frogs <end>"
