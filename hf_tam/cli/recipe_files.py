@@ -23,21 +23,23 @@ class RecipeFile:
     """A file to start a run with.
 
     Attributes:
-        kind: "script", "configuration" or "launch".
+        kind: "script", "configuration", "launch" or "cluster".
         path: Where it is.
         place: Its path inside the folder of the recipes.
         purpose: What it is for, in one line.
+        gigabytes: What a configuration needs for weights, gradients and states, as its header has it; or nothing.
     """
 
     kind: str
     path: Path
     place: str
     purpose: str
+    gigabytes: str = ""
 
     @property
     def name(self) -> str:
         """What `list` calls it: sft.py, llama3.2-1b/lora, accelerate/ddp."""
-        return self.place if self.kind == "script" else re.sub(r"^configs/|\.(yaml|json)$", "", self.place)
+        return self.place if self.kind == "script" else re.sub(r"^configs/|\.(yaml|json|sh)$", "", self.place)
 
     @property
     def names(self) -> set[str]:
@@ -62,14 +64,15 @@ def find_folder() -> Path:
 
 
 def list_files(folder: Path) -> list[RecipeFile]:
-    """Return scripts, configurations and launch files, in this order."""
+    """Return scripts, configurations, launch files and jobs for clusters, in this order."""
     recipes = folder / "recipes"
     found = [
         *(("script", path) for path in sorted(recipes.glob("*.py")) if path.name != "__init__.py"),
         *(("configuration", path) for path in sorted(recipes.glob("configs/*/*.yaml"), key=_by_model)),
         *(("launch", path) for path in sorted(recipes.glob("accelerate/*.*"))),
+        *(("cluster", path) for path in sorted(recipes.glob("cluster/*.*"))),
     ]
-    return [RecipeFile(kind, path, path.relative_to(recipes).as_posix(), _purpose(path)) for kind, path in found]
+    return [_read(kind, path, recipes) for kind, path in found]
 
 
 def find_file(name: str, files: list[RecipeFile]) -> RecipeFile:
@@ -115,13 +118,24 @@ def read_header(text: str) -> dict[str, str]:
 
 
 def recipe_of(text: str) -> str | None:
-    """Return the script that a configuration's header launches, such as sft.py."""
-    match = re.search(r"(\w+\.py)\b", read_header(text).get("Launch", ""))
+    """Return what a configuration's header launches: a script such as sft.py, or a command such as "trl grpo"."""
+    match = re.search(r"\b(trl \w+|\w+\.py)\b", read_header(text).get("Launch", ""))
     return match[1] if match else None
 
 
-def _purpose(path: Path) -> str:
+def gigabytes_of(hardware: str) -> str:
+    """Return the GB that a header's field Hardware begins with, or nothing."""
+    match = re.match(r"(\d+(?:\.\d+)?) GB for weights, gradients and states\b", hardware)
+    return match[1] if match else ""
+
+
+def _read(kind: str, path: Path, recipes: Path) -> RecipeFile:
     text = path.read_text(encoding="utf-8")
+    gigabytes = gigabytes_of(read_header(text).get("Hardware", ""))
+    return RecipeFile(kind, path, path.relative_to(recipes).as_posix(), _purpose(path, text), gigabytes)
+
+
+def _purpose(path: Path, text: str) -> str:
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].rstrip(".")
     if path.suffix == ".json":  # which has no comments

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -26,10 +27,13 @@ def test_list_has_every_file_with_its_purpose(capsys):
     status, output, _ = hf_tam(capsys, "list")
     assert status == 0
     lines = dict(line.split(maxsplit=1) for line in output.splitlines() if line.startswith("  "))
-    assert lines == {file.name: file.purpose for file in FILES}
-    assert min(map(len, lines.values())) > 10
+    assert set(lines) == {file.name for file in FILES}
+    for file in FILES:
+        size = f"{file.gigabytes} GB  " if file.gigabytes else ""
+        assert lines[file.name] == f"{size}{file.purpose}"
+        assert len(file.purpose) > 10
     assert lines["sft.py"].startswith("Fine-tune a causal language model")
-    assert lines["llama3.2-1b/lora"] == "LoRA fine-tuning of Llama 3.2 1B on your own records"
+    assert lines["llama3.2-1b/lora"].endswith(" GB  LoRA fine-tuning of Llama 3.2 1B on your own records")
     assert lines["accelerate/ddp"].startswith("several GPUs")
 
 
@@ -37,6 +41,9 @@ def test_list_by_words_and_in_the_order_of_sizes(capsys):
     _, output, _ = hf_tam(capsys, "list", "qwen3-")
     names = [line.split()[0] for line in output.splitlines() if line.startswith("  qwen3") and "/lora" in line]
     assert names == [f"qwen3-{size}/lora" for size in ("0.6b", "1.7b", "4b", "8b", "30b-a3b")]
+    sizes = [float(size) for size in re.findall(r"^  \S+ +(\S+) GB  ", output, flags=re.MULTILINE)]
+    assert sizes == sorted(sizes)
+    assert len(sizes) == len(re.findall(r"^  \S+/", output, flags=re.MULTILINE))
     status, _, error = hf_tam(capsys, "list", "no-such")
     assert (status, "no recipe has no-such in its name" in error) == (1, True)
 
@@ -58,7 +65,9 @@ def test_reading_the_first_line_alone_is_no_error():
         ("llama3.2-1b/lora", "configs/llama3.2-1b/lora.yaml"),
         ("llama3.2-1b/lora.yaml", "configs/llama3.2-1b/lora.yaml"),
         ("recipes/configs/llama3.2-1b/lora.yaml", "configs/llama3.2-1b/lora.yaml"),
+        ("trl/grpo", "configs/trl/grpo.yaml"),
         ("ddp", "accelerate/ddp.yaml"),
+        ("slurm", "cluster/slurm.sh"),
         ("accelerate/zero3-offload", "accelerate/zero3-offload.json"),
     ],
 )
@@ -98,6 +107,8 @@ def test_copy_of_a_configuration_says_of_what_it_is(capsys, tmp_path, monkeypatc
     assert "python recipes/sft.py --config demo.yaml" in hf_tam(capsys, "copy", "demo/sft-lora", "demo.yaml")[1]
     assert "python recipes/sft.py --config mine.yaml" in hf_tam(capsys, "copy", "llama3.2-1b/lora", "mine.yaml")[1]
     assert "accelerate launch --config_file sub/ddp.yaml" in hf_tam(capsys, "copy", "ddp", "sub")[1]
+    assert "hf-tam run -- trl kto --config kto.yaml" in hf_tam(capsys, "copy", "trl/kto", "kto.yaml")[1]
+    assert "its header says how" in hf_tam(capsys, "copy", "cluster/sky")[1]
     text = (ROOT / "recipes/configs/llama3.2-1b/lora.yaml").read_text()
     assert Path("llama3.2-1b-lora.yaml").read_text() == Path("mine.yaml").read_text() == text
 
@@ -218,7 +229,7 @@ def test_installed_wheel_lists_copies_validates_and_runs(installed):
     """As a user does who has no checkout: pip install, copy, run."""
     status, output, error = installed("hf-tam", "recipes", "list")
     assert status == 0, error
-    assert [line.split()[0] for line in output.splitlines() if line.startswith("  ")] == [file.name for file in FILES]
+    assert {line.split()[0] for line in output.splitlines() if line.startswith("  ")} == {file.name for file in FILES}
     assert installed("hf-tam", "recipes", "show", "ddp")[1] == (ROOT / "recipes/accelerate/ddp.yaml").read_text()
 
     assert installed("hf-tam", "recipes", "copy", "sft.py")[0] == 0

@@ -56,7 +56,7 @@ def quickly(words):
 
 @pytest.mark.launch
 def test_shipped_configurations_are_judged_without_torch():
-    paths = sorted(CONFIGS.rglob("*.yaml"))
+    paths = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "trl")
     scripts = [validate_script(path) for path in paths]
     found = quickly([f"{script}={path}" for script, path in zip(scripts, paths, strict=True)])
     assert {str(path): mistake for path, mistake in zip(paths, found, strict=True) if mistake != ""} == {}
