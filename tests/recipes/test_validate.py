@@ -118,6 +118,19 @@ def test_files_that_need_torch_are_judged_with_it_and_the_others_without(tmp_pat
     assert "device.yaml: At most one of fp16 and bf16" in done.stderr
 
 
+@pytest.mark.launch
+def test_files_of_trl_are_judged_beside_others(tmp_path):
+    """By TRL's parsers, which need torch; a file of ours in the same call does without."""
+    (tmp_path / "bad.yaml").write_text("# Launch:    hf-tam run -- trl rloo --config bad.yaml\nnum_generation: 4\n")
+    good = [CONFIGS / "trl" / "kto.yaml", CONFIGS / "gpt2" / "lora.yaml"]
+    program = "import sys; from hf_tam.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "recipes", "validate", *good, tmp_path / "bad.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert sorted(done.stdout.splitlines()) == [f"{good[1]}: valid for sft.py", f"{good[0]}: valid for trl kto"]
+    assert f"{tmp_path}/bad.yaml: unknown key 'num_generation'; did you mean num_generations?\n" in done.stderr
+
+
 def test_a_process_that_has_torch_keeps_it():
     with pytest.raises(torchless.NeedsTorchError):
         torchless.hide_torch()
