@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import hf_tam
 # A field of a header stands in a comment, "# Purpose:   text", and goes on in comments that are indented further.
 _FIELD = re.compile(r"^# ([A-Z][\w ]*):\s+(.*)$")
 _CONTINUATION = re.compile(r"^#\s{3,}(.*)$")
-# Not for running: the numbers behind the README, which stay in the repository.
-_LEFT_OUT = ("results", "__pycache__")
 
 
 @dataclass(frozen=True)
@@ -90,16 +87,6 @@ def find_file(name: str, files: list[RecipeFile]) -> RecipeFile:
     near = near or [known[alias] for alias in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
     advice = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`hf-tam recipes list` has the names."
     raise LookupError(f"no recipe is called {name!r}; {advice}")
-
-
-def files_to_run(script: RecipeFile, folder: Path) -> Iterator[Path]:
-    """Yield what a copy of `script` needs: all of the package but the other scripts, relative to `folder`."""
-    recipes = folder / "recipes"
-    for path in sorted(recipes.rglob("*")):
-        inside = path.relative_to(recipes)
-        is_other_script = len(inside.parts) == 1 and path.suffix == ".py" and path.name != "__init__.py"
-        if path.is_file() and not set(inside.parts) & set(_LEFT_OUT) and (path == script.path or not is_other_script):
-            yield path.relative_to(folder)
 
 
 def read_header(text: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_tam.cli import recipe_files
 from hf_tam.cli.recipe_files import RecipeFile
+from hf_tam.cli.recipe_needs import files_to_run
 
 _TITLES = {
     "script": "Scripts (run them with python, or with accelerate launch)",
@@ -150,7 +151,7 @@ def _plan_copies(file: RecipeFile, target: Path) -> dict[Path, Path]:
         folder = recipe_files.find_folder()
         if target.is_file():
             raise NotADirectoryError(f"{target} is a file: a script needs a folder, for the package it runs in")
-        return {folder / inside: target / inside for inside in recipe_files.files_to_run(file, folder)}
+        return {folder / inside: target / inside for inside in files_to_run(file, folder)}
     # Many configurations are called lora.yaml: the copy says of what.
     name = f"{file.path.parent.name}-{file.path.name}" if file.kind == "configuration" else file.path.name
     is_file = target.suffix == file.path.suffix and not target.is_dir()

@@ -157,6 +157,39 @@ def test_copy_of_a_script_has_all_that_it_imports(script, tmp_path, capsys):
                     assert name in copied, f"{path} imports {name}"
 
 
+def test_copy_of_a_script_is_small_and_has_what_it_reads(tmp_path, capsys):
+    """Configurations are found by their names in the package that is installed, so none but the demo's is there."""
+    assert hf_tam(capsys, "copy", "sft.py", tmp_path)[0] == 0
+    places = {path.relative_to(tmp_path / "recipes").as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {place for place in places if place.startswith(("configs/", "accelerate/", "comparisons/"))} == {
+        "configs/demo/sft-lora.yaml"
+    }
+    assert {"data/animals.py", "templates/plain.jinja"} <= places
+    assert "data/help_desk.py" not in places
+    assert len(places) <= 60
+
+
+def demos():
+    """Every script; those whose demo takes more than seconds are slow."""
+    for file in SCRIPTS:
+        is_quick = file.place in ("classify.py", "vision.py")
+        yield pytest.param(file, id=file.place, marks=[] if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.launch
+@pytest.mark.long
+@pytest.mark.parametrize("script", list(demos()))
+def test_copy_of_a_script_runs_its_demo(script, tmp_path, capsys):
+    """For a step, with what was copied alone: the package of the checkout has modules that the copy has not."""
+    assert hf_tam(capsys, "copy", script.name, tmp_path)[0] == 0
+    words = [tmp_path / "recipes" / script.path.name, "--max_steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_validate_before_anything_is_imported(capsys, tmp_path, monkeypatch):
     path = tmp_path / "x.yaml"
     status, _, error = hf_tam(capsys, "validate", path)
