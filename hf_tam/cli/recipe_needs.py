@@ -15,10 +15,10 @@ _READ = ("metrics", "templates")
 def files_to_run(script: RecipeFile, folder: Path) -> list[Path]:
     """Return what a copy of `script` needs, relative to `folder`, which holds the package `recipes`."""
     modules = _modules(script.path, folder)
-    words = {node.value for tree in modules.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    read = {name for tree in modules.values() for name in _joined(tree)}
     files = [*modules, *_demo(script, folder)]
     for name in _READ:
-        if name in words:
+        if name in read:
             files += (path for path in (folder / "recipes" / name).iterdir() if path.is_file())
     return sorted(path.relative_to(folder) for path in files)
 
@@ -41,6 +41,13 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _joined(tree: ast.Module) -> Iterator[str]:
+    """Yield what is put at the end of a path by a slash: the word alone may be anything."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
+            yield str(node.right.value)
 
 
 def _files(names: Iterable[str], folder: Path) -> Iterator[Path]:

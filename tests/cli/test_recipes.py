@@ -169,6 +169,20 @@ def test_copy_of_a_script_is_small_and_has_what_it_reads(tmp_path, capsys):
     assert len(places) <= 60
 
 
+def test_a_script_that_only_names_a_folder_is_copied_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe_files, "find_folder", lambda: tmp_path / "installed")
+    recipes = tmp_path / "installed" / "recipes"
+    (recipes / "metrics").mkdir(parents=True)
+    (recipes / "metrics" / "accuracy.py").write_text("")
+    (recipes / "alone.py").write_text('"""Alone."""\nprint({"metrics": 1})\n')
+    (recipes / "reader.py").write_text(
+        '"""Reads."""\nfrom pathlib import Path\nprint(Path(__file__).parent / "metrics")\n'
+    )
+    for name, count in (("alone.py", 1), ("reader.py", 2)):
+        assert hf_tam(capsys, "copy", name, tmp_path / name)[0] == 0
+        assert len([path for path in (tmp_path / name).rglob("*") if path.is_file()]) == count
+
+
 def demos():
     """Every script; those whose demo takes more than seconds are slow."""
     for file in SCRIPTS:
