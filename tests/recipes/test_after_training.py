@@ -34,7 +34,8 @@ def finished_run(sft, tmp_path, monkeypatch):
     """A folder to be in, with outputs/sft of a short run in it, and the recipes."""
     (tmp_path / "outputs").mkdir()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    assert sft("--dataset_name=demo", "--num_sample_generations=0", f"--output_dir={tmp_path / 'outputs/sft'}")[0] == 0
+    flags = ["--config=demo/sft-lora", "--num_sample_generations=0", f"--output_dir={tmp_path / 'outputs/sft'}"]
+    assert sft(*flags)[0] == 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
