@@ -26,6 +26,7 @@ from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import exit_with_one_line
 from recipes.support.label_metrics import make_compute_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
+from recipes.support.target_loss import TargetTrainer
 
 make_parser, DEMO_CONFIG = parsers.classify, parsers.DEMO_CONFIGS["classify"]
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     check_disk_space(output_dir, model, full=lora.full)
     sizes = models.count_parameters(model)
 
-    trainer = Trainer(
+    trainer = TargetTrainer(
         model=model,
         args=arguments,
         train_dataset=encoded["train"],

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
@@ -32,14 +32,15 @@ from recipes.support import (
 from recipes.support.arguments import DEMO, ClassifyDataArguments
 from recipes.support.config import parse_recipe_arguments
 from recipes.support.domain_sequence import (
+    among,
     candidate_labels,
     cut,
     domain_metrics,
     domains_of,
-    loss_among,
     train_through,
 )
 from recipes.support.errors import RecipeError, exit_with_one_line
+from recipes.support.target_loss import TargetTrainer
 from recipes.support.task_arguments import DomainArguments
 
 make_parser, DEMO_CONFIG = parsers.domains, parsers.DEMO_CONFIGS["domains"]
@@ -70,13 +71,13 @@ def main(argv: list[str] | None = None) -> int:
                 "domains: leave it 0 with --scenario task_incremental."
             )
     steps = sequence_report.StepCount()
-    trainer = Trainer(
+    trainer = TargetTrainer(
         model=model,
         args=arguments,
         train_dataset=parts["train"][0],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_loss_func=None if candidates is None else loss_among(candidates),
+        narrow=None if candidates is None else among(candidates),
         callbacks=[steps],
     )
     adapters.use_loraplus(trainer, lora)

@@ -21,6 +21,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    TrainerCallback,
     set_seed,
 )
 
@@ -40,6 +41,7 @@ from recipes.support.arguments import DEMO, LoraArguments, ModelArguments
 from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.output import check_disk_space, naming_a_full_disk
+from recipes.support.target_loss import TargetSeq2SeqTrainer
 from recipes.support.task_arguments import Seq2SeqDataArguments
 
 make_parser, DEMO_CONFIG = parsers.seq2seq, parsers.DEMO_CONFIGS["seq2seq"]
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     adapters.use_loraplus(trainer, lora)
     shown = text_metrics.evenly(encoded.get("test") or encoded["validation"], data.num_sample_generations)
     samples = {"prompts": text_metrics.decode(shown["input_ids"], tokenizer)}
-    samples["before"] = write(trainer, shown)
+    trainer.add_callback(WritingFirst(trainer, shown, samples))
     metrics = training.train(trainer, run, resume_from=resume_from)
     for split, prefix in (("validation", "eval"), ("test", "test")):
         # where there is test data, validation data has been measured during training
@@ -115,7 +117,7 @@ def make_trainer(
 ) -> Seq2SeqTrainer:
     """Return the Trainer, which measures what the model writes at every evaluation."""
     generates = arguments.predict_with_generate
-    return Seq2SeqTrainer(
+    return TargetSeq2SeqTrainer(
         model=model,
         args=arguments,
         train_dataset=encoded["train"],
@@ -124,6 +126,28 @@ def make_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         compute_metrics=text_metrics.make_compute_metrics(tokenizer, data.text_metrics) if generates else None,
     )
+
+
+class WritingFirst(TrainerCallback):
+    """Writes before the first step, and not before training.
+
+    A model that is evaluated before accelerate has prepared it for training is not wrapped any more (1.15): of several
+    processes, each would train alone, on gradients of its own.
+    """
+
+    def __init__(self, trainer: Seq2SeqTrainer, shown: Dataset, samples: dict[str, list[str]]) -> None:
+        """Do nothing yet.
+
+        Args:
+            trainer: the Trainer.
+            shown: the records to write for.
+            samples: gets what is written, as `before`.
+        """
+        self._trainer, self._shown, self._samples = trainer, shown, samples
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Write."""
+        self._samples["before"] = write(self._trainer, self._shown)
 
 
 def write(trainer: Seq2SeqTrainer, shown: Dataset) -> list[str]:

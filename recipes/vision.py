@@ -14,12 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
     adapters,
-    image_adapter,
+    heads,
     image_data,
     image_model,
     models,
@@ -32,6 +32,7 @@ from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.label_metrics import make_compute_metrics
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
+from recipes.support.target_loss import TargetTrainer
 
 make_parser, DEMO_CONFIG = parsers.vision, parsers.DEMO_CONFIGS["vision"]
 
@@ -50,14 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         raise RecipeError("a new model starts from random weights, which an adapter cannot mend: add --full.")
     set_seed(arguments.seed)
     processor, model = image_model.load(model_arguments, names)
-    model = image_adapter.add(model, lora)
+    model = heads.add_adapter(model, lora, None)
     output_dir = Path(arguments.output_dir)
     check_disk_space(output_dir, model, full=lora.full)
     sizes = models.count_parameters(model)
 
     arguments.label_names = ["labels"]
     encoded = {name: image_data.encode(split, processor) for name, split in splits.items()}
-    trainer = Trainer(
+    trainer = TargetTrainer(
         model=model,
         args=arguments,
         train_dataset=encoded["train"],

@@ -5,7 +5,7 @@ from typing import Any
 from peft import TaskType
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from recipes.support import classification, encoder_demo, models, records, reporting
+from recipes.support import classification, encoder_demo, heads, models, records, reporting
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments
 from recipes.support.errors import RecipeError
 
@@ -60,7 +60,7 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
     model = models.load_model(
         AutoModelForSequenceClassification, model_arguments, config=config, new_head=True, lora=lora
     )
-    return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_CLS)
+    return tokenizer, heads.add_adapter(model, lora, TaskType.SEQ_CLS)
 
 
 def encode_splits(

@@ -35,7 +35,7 @@ def preference_accuracy(trainer: Any) -> float:
         for batch in trainer.get_eval_dataloader():
             # TRL's batches hold the chosen completions first, then the rejected ones in the same order.
             chosen, rejected = completion_log_probs(model, batch).chunk(2)
-            outcomes.append(trainer.accelerator.gather((chosen > rejected).float()))
+            outcomes.append(trainer.accelerator.gather_for_metrics((chosen > rejected).float()))
     model.train(was_training)
     return float(torch.cat(outcomes).mean())
 

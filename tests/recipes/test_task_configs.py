@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from recipes import seq2seq, vision
-from recipes.support import image_adapter, models, seq2seq_demo
+from recipes.support import heads, models, seq2seq_demo
 from recipes.support.arguments import LoraArguments
 from recipes.support.config import CONFIGS, parse_recipe_arguments
 from recipes.support.reporting import read_metrics
@@ -69,7 +69,7 @@ def adapted(path, config):
     with torch.device("meta"):
         model = auto_class.from_config(config)
         if is_vision(path):
-            return image_adapter.add(model, lora)
+            return heads.add_adapter(model, lora, None)
         return models.add_adapter(model, lora, TaskType.SEQ_2_SEQ_LM)
 
 
