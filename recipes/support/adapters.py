@@ -1,6 +1,7 @@
 """What an adapter is put on: the layers named on the command line, checked against those that the model has."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,37 +83,57 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return _last_parts([name for name, module in model.named_modules() if isinstance(module, _LINEAR)])
 
 
-def scale_learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
-    """Give the B matrices of an adapter `ratio` times the learning rate (LoRA+), in parameter groups of their own.
+def scale_learning_rates(optimizer: torch.optim.Optimizer, chosen: set[int], ratio: float) -> None:
+    """Give some parameters `ratio` times the learning rate, in parameter groups of their own.
 
-    Call it before the first step and before the schedule is made. Told by name and not by shape, as peft's
-    create_loraplus_optimizer tells them (0.21): FSDP1 and ZeRO-3 make every parameter one-dimensional. No
-    communication.
+    Call it before the first step and before the schedule is made. No communication.
 
-    Source: LoRA+ (https://huggingface.co/papers/2402.12354), section 5.
+    Args:
+        optimizer: any.
+        chosen: the ids of the parameters.
+        ratio: above 0.
     """
-    matrices_b = {id(param) for name, param in model.named_parameters() if re.search(r"\.lora_(embedding_)?B\.", name)}
     for group in list(optimizer.param_groups):
-        apart = [param for param in group["params"] if id(param) in matrices_b]
-        group["params"] = [param for param in group["params"] if id(param) not in matrices_b]
+        apart = [param for param in group["params"] if id(param) in chosen]
+        group["params"] = [param for param in group["params"] if id(param) not in chosen]
         if apart:
             optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * ratio})
     # A group that is empty has nothing to say, and DeepSpeed wants none.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
+def matrices_b(model: torch.nn.Module) -> set[int]:
+    """Return the ids of the B matrices of an adapter, of which LoRA+ scales the learning rate.
+
+    Told by name and not by shape, as peft's create_loraplus_optimizer tells them (0.21): FSDP1 and ZeRO-3 make every
+    parameter one-dimensional.
+
+    Source: LoRA+ (https://huggingface.co/papers/2402.12354), section 5.
+    """
+    return {id(param) for name, param in model.named_parameters() if re.search(r"\.lora_(embedding_)?B\.", name)}
+
+
 def use_loraplus(trainer: Trainer, arguments: LoraArguments) -> None:
-    """Have `trainer` scale the learning rates of its optimizer, whichever it is, when it builds it."""
-    ratio = arguments.loraplus_lr_ratio
-    if ratio is None:
-        return
+    """Have `trainer` scale the learning rates of its optimizer as LoRA+ does, if asked to."""
+    if arguments.loraplus_lr_ratio is not None:
+        scale_when_created(trainer, matrices_b, arguments.loraplus_lr_ratio)
+
+
+def scale_when_created(trainer: Trainer, choose: Callable[[Any], set[int]], ratio: float) -> None:
+    """Have `trainer` scale learning rates of its optimizer, whichever it is, when it builds it.
+
+    Args:
+        trainer: before training.
+        choose: of the model whose parameters the optimizer gets, returns the ids of those to scale.
+        ratio: above 0.
+    """
     create = trainer.create_optimizer
 
     def create_scaled(model: Any = None) -> torch.optim.Optimizer:
         is_new = trainer.optimizer is None
         optimizer = create() if model is None else create(model)
         if is_new:
-            scale_learning_rates(optimizer, trainer.model if model is None else model, ratio)
+            scale_learning_rates(optimizer, choose(trainer.model if model is None else model), ratio)
         return optimizer
 
     trainer.create_optimizer = create_scaled

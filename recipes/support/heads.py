@@ -1,12 +1,13 @@
 """The new head of a classifier, which starts from random weights on a body that has been trained before."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
-from peft import TaskType
+from peft import PeftModel, TaskType
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from recipes.support import adapters, models
@@ -64,3 +65,49 @@ def _require_kept_statistics(model: torch.nn.Module, whole: list[str]) -> None:
                 f"the running statistics of {name} change in training, and an adapter does not hold them: add --full,"
                 f" or --modules_to_save {name.rsplit('.', 1)[-1]}."
             )
+
+
+def use_learning_rate(trainer: Trainer, wanted: str | None) -> None:
+    """Have `trainer` give the head a learning rate of its own, whichever its optimizer is; the schedule scales both.
+
+    No communication.
+
+    Args:
+        trainer: before training, with a model that is whole.
+        wanted: a rate, or a multiple of the body's such as "10x"; None leaves it at the body's.
+    """
+    ratio = 1.0 if wanted is None else ratio_of(wanted, trainer.args.learning_rate)
+    if ratio == 1.0:
+        return
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    in_head = tuple(f"{name}." for name in head_names(model))
+
+    def choose(model: torch.nn.Module) -> set[int]:
+        return {id(param) for name, param in model.named_parameters() if _unwrapped(name).startswith(in_head)}
+
+    adapters.scale_when_created(trainer, choose, ratio)
+
+
+def ratio_of(wanted: str, learning_rate: float) -> float:
+    """Return the multiple of `learning_rate` that `wanted` is or says.
+
+    Raises:
+        ValueError: it is neither a number above 0 nor a multiple.
+    """
+    multiple = wanted.endswith("x")
+    try:
+        number = float(wanted.removesuffix("x"))
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"head_learning_rate = {wanted}: must be a rate above 0, or a multiple such as 10x.")
+    return number if multiple else number / learning_rate
+
+
+def _unwrapped(name: str) -> str:
+    """Leave out of a parameter's name what peft, FSDP1, activation checkpointing and torch.compile put into it."""
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part not in _WRAPPERS]
+    return ".".join(parts)
+
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,46 @@ def merge(output_dir: Path) -> int:
     else:
         base = models.load_model(AutoModelForCausalLM, model_arguments)
     merged = PeftModel.from_pretrained(base, output_dir).merge_and_unload(safe_merge=True)
+    save_checked(
+        merged, tokenizer, output_dir, AutoModelForCausalLM, lambda model: _logits(model, tokenizer), expected
+    )
+    return 0
+
+
+def save_checked(
+    merged: Any,
+    processor: Any,
+    output_dir: Path,
+    auto_class: Any,
+    logits_of: Callable[[Any], list[torch.Tensor]],
+    expected: list[torch.Tensor],
+) -> None:
+    """Save a merged model as output_dir/merged, if what is loaded from there gives the logits of base and adapter.
+
+    Args:
+        merged: the model.
+        processor: its tokenizer or image processor.
+        output_dir: of the run.
+        auto_class: loads it.
+        logits_of: returns a model's logits for some inputs.
+        expected: those of base and adapter.
+
+    Raises:
+        RecipeError: the logits differ; nothing is left.
+    """
     partial = output_dir / f"{MERGED_NAME}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with naming_a_full_disk(output_dir):
         merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    del base, merged
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype="auto")
-    difference = _compare(expected, _logits(reloaded, tokenizer), TOLERANCE[reloaded.dtype], partial)
+        processor.save_pretrained(partial)
+    reloaded = auto_class.from_pretrained(partial, dtype="auto")
+    difference = _compare(expected, logits_of(reloaded), TOLERANCE[reloaded.dtype], partial)
     shutil.rmtree(output_dir / MERGED_NAME, ignore_errors=True)
     partial.rename(output_dir / MERGED_NAME)
     reporting.announce(
-        f"merged: {output_dir / MERGED_NAME}; on {len(_TEXTS)} prompts the logits differ from those of base and"
+        f"merged: {output_dir / MERGED_NAME}; on {len(expected)} inputs the logits differ from those of base and"
         f" adapter by {difference:.1e} of the largest at most (allowed: {TOLERANCE[reloaded.dtype]:.0e})"
     )
-    return 0
 
 
 def _arguments_of_the_run(output_dir: Path) -> tuple[SftModelArguments, LoraArguments]:

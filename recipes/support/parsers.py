@@ -18,6 +18,7 @@ from recipes.support.arguments import (
 )
 from recipes.support.config import CONFIGS, RecipeParser, precision_of_the_launch
 from recipes.support.task_arguments import (
+    ClassifierRunArguments,
     DomainArguments,
     PreferenceDataArguments,
     Seq2SeqDataArguments,
@@ -42,7 +43,7 @@ def classify() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     return _parser(
         "classify",
-        [RunArguments, ModelArguments, ClassifyDataArguments, LoraArguments, TrainingArguments],
+        [ClassifierRunArguments, ModelArguments, ClassifyDataArguments, LoraArguments, TrainingArguments],
         "Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.1,
@@ -138,7 +139,7 @@ def vision() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     return _parser(
         "vision",
-        [RunArguments, VisionModelArguments, VisionDataArguments, LoraArguments, TrainingArguments],
+        [ClassifierRunArguments, VisionModelArguments, VisionDataArguments, LoraArguments, TrainingArguments],
         "Fine-tune an image classifier. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.1,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from recipes.support.arguments import DatasetArguments, ModelArguments
+from recipes.support.arguments import DatasetArguments, ModelArguments, RunArguments
 
 TEXT_METRICS = ("exact_match", "token_f1", "bleu", "chrf")
 ARCHITECTURES = ("vit", "mobilenet_v2", "resnet")
@@ -150,3 +150,20 @@ class ShiftArguments:
             raise ValueError(f"num_tasks = {self.num_tasks}: must be at least 2, or nothing shifts.")
         if not 0.0 <= self.flip_fraction <= 1.0:
             raise ValueError(f"flip_fraction = {self.flip_fraction}: must be from 0 to 1.")
+
+
+@dataclass
+class ClassifierRunArguments(RunArguments):
+    """What else a run of classify.py or vision.py does."""
+
+    head_learning_rate: str | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the head: a rate, or a multiple of learning_rate such as 10x."},
+    )
+    merge: bool = field(
+        default=False,
+        metadata={
+            "help": "Also save base and adapter as one model, to output_dir/merged, checked to give the same logits;"
+            " where output_dir holds a finished run, do that alone."
+        },
+    )

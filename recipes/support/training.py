@@ -1,7 +1,6 @@
 """One way to run a Trainer: resumable, interruptible, and clear when the disk fills up."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +68,6 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     if interruption.agreed:
         _leave(interruption.agreed, trainer)
     return metrics | grad_norm_metrics(trainer.state.log_history)
-
-
-def evaluate(trainer: Trainer, encoded: dict[str, Any], share: Callable[[str], float]) -> dict[str, float]:
-    """Evaluate a classifier on the validation and on the test data, those that there are.
-
-    Args:
-        trainer: after training.
-        encoded: the splits by name.
-        share: gives the share of the most frequent class in a split, beside which its accuracy is to be seen.
-
-    Returns:
-        Metrics that begin with eval_ and with test_.
-    """
-    metrics: dict[str, float] = {}
-    for name, prefix in (("validation", "eval"), ("test", "test")):
-        if name in encoded:
-            metrics |= trainer.evaluate(encoded[name], metric_key_prefix=prefix)
-            metrics[f"{prefix}_most_frequent_class"] = share(name)
-    return metrics
 
 
 def save_model(trainer: Trainer) -> None:
