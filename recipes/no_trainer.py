@@ -194,7 +194,9 @@ def prepare(
         scope=arguments.scope,
     )
     if lora.loraplus_lr_ratio is not None:
-        adapters.scale_learning_rates(optimizer, adapters.matrices_b(model), lora.loraplus_lr_ratio)
+        adapters.set_learning_rates(
+            optimizer, adapters.matrices_b(model), lambda learning_rate: learning_rate * lora.loraplus_lr_ratio
+        )
     warmup = arguments.warmup_steps
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,

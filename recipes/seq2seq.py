@@ -29,6 +29,7 @@ import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
     adapters,
     models,
+    outcome,
     parallel,
     parsers,
     seq2seq_data,
@@ -76,10 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     samples = {"prompts": text_metrics.decode(shown["input_ids"], tokenizer)}
     trainer.add_callback(WritingFirst(trainer, shown, samples))
     metrics = training.train(trainer, run, resume_from=resume_from)
+    outcome.require_learning(trainer)
     for split, prefix in (("validation", "eval"), ("test", "test")):
         # where there is test data, validation data has been measured during training
         if split in encoded and (split == "test" or "test" not in encoded or arguments.eval_strategy == "no"):
             metrics |= text_metrics.without_timing(trainer.evaluate(encoded[split], metric_key_prefix=prefix))
+    outcome.require_numbers(metrics)
     samples["after"] = write(trainer, shown)
     with naming_a_full_disk(output_dir):
         training.save_model(trainer)

@@ -83,21 +83,21 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return _last_parts([name for name, module in model.named_modules() if isinstance(module, _LINEAR)])
 
 
-def scale_learning_rates(optimizer: torch.optim.Optimizer, chosen: set[int], ratio: float) -> None:
-    """Give some parameters `ratio` times the learning rate, in parameter groups of their own.
+def set_learning_rates(optimizer: torch.optim.Optimizer, chosen: set[int], rate: Callable[[float], float]) -> None:
+    """Give some parameters another learning rate, in parameter groups of their own.
 
     Call it before the first step and before the schedule is made. No communication.
 
     Args:
         optimizer: any.
         chosen: the ids of the parameters.
-        ratio: above 0.
+        rate: of their group's learning rate, returns theirs.
     """
     for group in list(optimizer.param_groups):
         apart = [param for param in group["params"] if id(param) in chosen]
         group["params"] = [param for param in group["params"] if id(param) not in chosen]
         if apart:
-            optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * ratio})
+            optimizer.add_param_group({**group, "params": apart, "lr": rate(group["lr"])})
     # A group that is empty has nothing to say, and DeepSpeed wants none.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
@@ -116,27 +116,28 @@ def matrices_b(model: torch.nn.Module) -> set[int]:
 def use_loraplus(trainer: Trainer, arguments: LoraArguments) -> None:
     """Have `trainer` scale the learning rates of its optimizer as LoRA+ does, if asked to."""
     if arguments.loraplus_lr_ratio is not None:
-        scale_when_created(trainer, matrices_b, arguments.loraplus_lr_ratio)
+        ratio = arguments.loraplus_lr_ratio
+        set_when_created(trainer, matrices_b, lambda learning_rate: learning_rate * ratio)
 
 
-def scale_when_created(trainer: Trainer, choose: Callable[[Any], set[int]], ratio: float) -> None:
-    """Have `trainer` scale learning rates of its optimizer, whichever it is, when it builds it.
+def set_when_created(trainer: Trainer, choose: Callable[[Any], set[int]], rate: Callable[[float], float]) -> None:
+    """Have `trainer` set learning rates of its optimizer, whichever it is, when it builds it.
 
     Args:
         trainer: before training.
-        choose: of the model whose parameters the optimizer gets, returns the ids of those to scale.
-        ratio: above 0.
+        choose: of the model whose parameters the optimizer gets, returns the ids of those with another rate.
+        rate: of the learning rate of the others, returns theirs.
     """
     create = trainer.create_optimizer
 
-    def create_scaled(model: Any = None) -> torch.optim.Optimizer:
+    def create_and_set(model: Any = None) -> torch.optim.Optimizer:
         is_new = trainer.optimizer is None
         optimizer = create() if model is None else create(model)
         if is_new:
-            scale_learning_rates(optimizer, choose(trainer.model if model is None else model), ratio)
+            set_learning_rates(optimizer, choose(trainer.model if model is None else model), rate)
         return optimizer
 
-    trainer.create_optimizer = create_scaled
+    trainer.create_optimizer = create_and_set
 
 
 def _checked_pattern(pattern: str, names: list[str], model: torch.nn.Module) -> str:

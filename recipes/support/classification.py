@@ -1,5 +1,6 @@
 """Records of a text and a label, as token ids and class indices."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from recipes.support.arguments import ClassifyDataArguments
 from recipes.support.errors import RecipeError
 from recipes.support.records import Records
+
+# A number with a fraction, as text: of a CSV.
+_FRACTION = re.compile(r"[-+]?\d*\.\d*[1-9]\d*([eE][-+]?\d+)?")
 
 
 def check_records(records: Records, data: ClassifyDataArguments) -> None:
@@ -24,6 +28,17 @@ def check_records(records: Records, data: ClassifyDataArguments) -> None:
     for index, label in enumerate(records.dataset[data.label_column]):
         if label is None or label == "":
             raise RecipeError(f"{records.locate(index)}: '{data.label_column}' is missing.")
+        if _is_quantity(label):
+            raise RecipeError(
+                f"{records.locate(index)}: '{data.label_column}' is {label!r}: a class is a name or a whole number;"
+                " quantities and lists cannot be learned here. If it is a class, name it, such as 'grade 1.5'."
+            )
+
+
+def _is_quantity(label: Any) -> bool:
+    if isinstance(label, float):
+        return not label.is_integer()
+    return bool(_FRACTION.fullmatch(label)) if isinstance(label, str) else not isinstance(label, int)
 
 
 def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:

@@ -14,6 +14,7 @@ from recipes.support import (
     heads,
     merging,
     models,
+    outcome,
     parallel,
     reporting,
     text_metrics,
@@ -32,16 +33,8 @@ def parse(parser: RecipeParser, argv: list[str] | None, *, demo_config: Path) ->
         demo_config: what runs where nothing is named.
     """
     argv = sys.argv[1:] if argv is None else argv
-    groups = parse_recipe_arguments(
-        parser, argv, demo_config=None if merging.names_finished_run(argv) else demo_config
-    )
-    wanted, rate = groups[0].head_learning_rate, groups[-1].learning_rate
-    if wanted is not None:
-        try:
-            heads.ratio_of(wanted, rate)
-        except ValueError as error:
-            parser.error(str(error))
-    return groups
+    demo = None if merging.names_finished_run(argv) else demo_config
+    return parse_recipe_arguments(parser, argv, demo_config=demo)
 
 
 def run(
@@ -76,13 +69,15 @@ def run(
     run_arguments, lora, output_dir = groups[0], groups[-2], Path(trainer.args.output_dir)
     check_disk_space(output_dir, trainer.model, full=lora.full)
     sizes = models.count_parameters(trainer.model)
-    heads.use_learning_rate(trainer, run_arguments.head_learning_rate)
+    heads.use_learning_rate(trainer, run_arguments.head_rate(trainer.args.learning_rate))
     adapters.use_loraplus(trainer, lora)
     metrics = training.train(trainer, run_arguments, resume_from=resume_from)
+    outcome.require_learning(trainer)
     for name, prefix in (("validation", "eval"), ("test", "test")):
         if name in encoded:
             metrics |= trainer.evaluate(encoded[name], metric_key_prefix=prefix)
             metrics[f"{prefix}_most_frequent_class"] = share(name)
+    outcome.require_numbers(metrics)
     is_main = trainer.is_world_process_zero()
     with naming_a_full_disk(output_dir):
         classifier_files.save(trainer)

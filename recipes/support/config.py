@@ -71,6 +71,7 @@ def parse_recipe_arguments(parser: RecipeParser, argv: list[str], *, demo_config
             return_remaining_strings=True,
             look_for_args_file=False,
         )
+        _refuse_phases([*file_flags, *argv])
     except ValueError as error:
         parser.error(str(error))
     if unknown:
@@ -120,6 +121,29 @@ def _with_strategies(flags: list[str]) -> list[str]:
         if f"{event}_steps" in names and f"{event}_strategy" not in names
     ]
     return [*implied, *flags]
+
+
+def _refuse_phases(flags: list[str]) -> None:
+    """Refuse what would leave out, or add, a part of the run: the recipes train, and then measure on what is named.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in _PHASES:
+        scanner.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true")
+    for name, value in vars(scanner.parse_known_args(flags)[0]).items():
+        unavailable, remedy = _PHASES[name]
+        if value is not None and (value.lower() in ("true", "1", "yes", "y", "t")) == unavailable:
+            raise ValueError(f"{name} = {value}: {remedy}")
+
+
+_PHASES = {
+    "do_train": (False, "this recipe always trains; a saved model is used by transformers' pipeline."),
+    "do_eval": (False, "what is measured are the validation and test data that are named: name none, or"
+                       " --eval_strategy no for none during training."),
+    "do_predict": (True, "this recipe writes no predictions; transformers' pipeline gives those of a saved model."),
+}  # fmt: skip
 
 
 def _named_inputs(argv: list[str]) -> dict[str, str | None]:

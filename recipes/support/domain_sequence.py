@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from recipes.support import reporting
+from recipes.support import outcome, reporting
 from recipes.support.errors import RecipeError
 from recipes.support.label_shift import sequence_metrics
 from recipes.support.records import Records
@@ -112,6 +112,7 @@ def train_through(
     for position, domain in enumerate(domains):
         trainer.train_dataset = parts["train"][position]
         trainer.train()
+        outcome.require_learning(trainer)
         asked = range(count) if position == count - 1 else range(max(0, position - 1), position + 1)
         for name, values in accuracies.items():
             for other in asked:

@@ -1,7 +1,6 @@
 """The new head of a classifier, which starts from random weights on a body that has been trained before."""
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -67,17 +66,16 @@ def _require_kept_statistics(model: torch.nn.Module, whole: list[str]) -> None:
             )
 
 
-def use_learning_rate(trainer: Trainer, wanted: str | None) -> None:
+def use_learning_rate(trainer: Trainer, rate: float | None) -> None:
     """Have `trainer` give the head a learning rate of its own, whichever its optimizer is; the schedule scales both.
 
     No communication.
 
     Args:
         trainer: before training, with a model that is whole.
-        wanted: a rate, or a multiple of the body's such as "10x"; None leaves it at the body's.
+        rate: the head's; None leaves it at the body's.
     """
-    ratio = 1.0 if wanted is None else ratio_of(wanted, trainer.args.learning_rate)
-    if ratio == 1.0:
+    if rate is None:
         return
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     in_head = tuple(f"{name}." for name in head_names(model))
@@ -85,23 +83,7 @@ def use_learning_rate(trainer: Trainer, wanted: str | None) -> None:
     def choose(model: torch.nn.Module) -> set[int]:
         return {id(param) for name, param in model.named_parameters() if _unwrapped(name).startswith(in_head)}
 
-    adapters.scale_when_created(trainer, choose, ratio)
-
-
-def ratio_of(wanted: str, learning_rate: float) -> float:
-    """Return the multiple of `learning_rate` that `wanted` is or says.
-
-    Raises:
-        ValueError: it is neither a number above 0 nor a multiple.
-    """
-    multiple = wanted.endswith("x")
-    try:
-        number = float(wanted.removesuffix("x"))
-    except ValueError:
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise ValueError(f"head_learning_rate = {wanted}: must be a rate above 0, or a multiple such as 10x.")
-    return number if multiple else number / learning_rate
+    adapters.set_when_created(trainer, choose, lambda learning_rate: rate)
 
 
 def _unwrapped(name: str) -> str:

@@ -1,5 +1,6 @@
 """The arguments of the recipes for preferences, sequences to sequences, images, and sequences of tasks."""
 
+import math
 from dataclasses import dataclass, field
 
 from recipes.support.arguments import DatasetArguments, ModelArguments, RunArguments
@@ -167,3 +168,28 @@ class ClassifierRunArguments(RunArguments):
             " where output_dir holds a finished run, do that alone."
         },
     )
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        self.head_rate(1.0)
+
+    def head_rate(self, learning_rate: float) -> float | None:
+        """Return the learning rate of the head, the body's being `learning_rate`; None where nothing is said of it.
+
+        Raises:
+            ValueError: it is neither a number above 0 nor a multiple.
+        """
+        wanted = self.head_learning_rate
+        if wanted is None:
+            return None
+        try:
+            number = float(wanted.removesuffix("x"))
+        except ValueError:
+            number = math.nan
+        if not 0.0 < number < math.inf:
+            raise ValueError(f"head_learning_rate = {wanted}: must be a rate above 0, or a multiple such as 10x.")
+        return number * learning_rate if wanted.endswith("x") else number

@@ -79,7 +79,7 @@ def test_lora_plus_gives_the_matrices_b_their_rate(sft):
     """As peft groups them, whose function is for one process; and as the log shows the rate of A."""
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
-    adapters.scale_learning_rates(optimizer, adapters.matrices_b(model), 8.0)
+    adapters.set_learning_rates(optimizer, adapters.matrices_b(model), lambda rate: 8.0 * rate)
     expected = peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)
 
     def rates(built):
