@@ -8,9 +8,10 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipes.support.completion import IGNORED
+from recipes.support.whole_weights import WholeWeights
 
 
-class TargetTrainer(Trainer):
+class TargetTrainer(WholeWeights):
     """A Trainer that computes the cross-entropy itself.
 
     Many heads of transformers (5.23: BERT, ResNet, T5) take num_items_in_batch and do not divide by it, so that loss
