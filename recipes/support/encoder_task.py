@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from recipes.support import classification, encoder_demo, heads, models, records, reporting
 from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments
 from recipes.support.errors import RecipeError
+from recipes.support.splits import present
 
 
 def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> dict[str, records.Records]:
@@ -28,17 +29,10 @@ def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> di
             if num_left_out:
                 reporting.warn(f"{num_left_out} records held out have a label that no training record has: left out")
         test = records.load_file(data.test_file) if data.test_file else None
-    splits = {"train": train, "validation": validation, "test": test}
-    present = {name: split for name, split in splits.items() if split is not None}
-    for split in present.values():
-        classification.check_records(split, data)
-    if arguments.eval_strategy != "no" and validation is None:
-        raise RecipeError(
-            "eval_strategy needs data: give --validation_file, or --validation_fraction 0.1 to hold out."
-        )
-    if len(present) == 1:
-        raise RecipeError("nothing to measure on: give --test_file, --validation_file or --validation_fraction.")
-    return present
+    return present(
+        train, validation, test, lambda split: classification.check_records(split, data),
+        evaluates=arguments.eval_strategy != "no", named="file",
+    )  # fmt: skip
 
 
 def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: list[str]) -> tuple[Any, Any]:
