@@ -20,6 +20,7 @@ from recipes.support import (
     text_metrics,
     training,
 )
+from recipes.support.arguments import DEMO
 from recipes.support.config import RecipeParser, parse_recipe_arguments
 from recipes.support.output import RESULTS_NAME, check_disk_space, naming_a_full_disk
 
@@ -69,6 +70,11 @@ def run(
     run_arguments, lora, output_dir = groups[0], groups[-2], Path(trainer.args.output_dir)
     check_disk_space(output_dir, trainer.model, full=lora.full)
     sizes = models.count_parameters(trainer.model)
+    if run_arguments.head_learning_rate is None and groups[1].model_name_or_path not in (None, DEMO):
+        reporting.announce(
+            "the new head is trained at the learning rate of the body; --head_learning_rate 20x may teach it more, and"
+            " --head_learning_rate 1x leaves this line out"
+        )
     heads.use_learning_rate(trainer, run_arguments.head_rate(trainer.args.learning_rate))
     adapters.use_loraplus(trainer, lora)
     metrics = training.train(trainer, run_arguments, resume_from=resume_from)

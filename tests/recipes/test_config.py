@@ -40,14 +40,12 @@ def test_shipped_configuration_is_understood_key_by_key(tmp_path):
 
 
 def _is_understood(path, tmp_path):
-    run, *groups = parse("--config", str(path), f"--output_dir={tmp_path}", recipe=recipe_of(path))
+    groups = parse("--config", str(path), f"--output_dir={tmp_path}", recipe=recipe_of(path))
     values = {name: value for group in groups for name, value in vars(group).items()}
     for key, value in yaml.safe_load(path.read_text()).items():
         name = key if key in values else FORMER_NAMES.get(key, key)
         if name == "output_dir":
             assert values[name] == str(tmp_path)
-        elif name == "overwrite":
-            assert run.overwrite is value
         elif isinstance(value, str) and isinstance(values[name], float):
             assert values[name] == float(value)
         else:

@@ -115,7 +115,17 @@ def test_a_resumed_run_goes_on_with_both_rates(optim, tmp_path):
     assert json.loads((whole / "results.json").read_text())["steps"] == 4
 
 
-def test_the_files_say_it():
-    """Where a body that is trained gets a new head: beside the rate, so that both are seen."""
-    for name in ("minilm/classify", "minilm/clinc150", "vit-base/lora", "vit-base/full"):
-        assert "head_learning_rate" in (CONFIGS / f"{name}.yaml").read_text()
+@pytest.mark.long
+@pytest.mark.parametrize("named", [[], ["--head_learning_rate=1x"]], ids=str)
+def test_one_rate_for_a_new_head_is_told_of(named, tmp_path, capsys):
+    recipe, flags = encoder("bert", tmp_path)
+    flags += [*FULL, *QUIET, *named, "--max_steps=1", "--save_strategy=no", f"--output_dir={tmp_path / 'out'}"]
+    assert recipe.main(flags) == 0
+    assert ("--head_learning_rate 20x may teach it more" in capsys.readouterr().out) == (not named)
+
+
+@pytest.mark.parametrize("name", ["classify", "clinc150"])
+def test_the_files_have_it(name):
+    path = CONFIGS / "minilm" / f"{name}.yaml"
+    run, *_, arguments = parse_recipe_arguments(classify_parser(), ["--config", str(path)], demo_config=None)
+    assert run.head_rate(arguments.learning_rate) == pytest.approx(2e-2)
