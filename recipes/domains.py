@@ -2,7 +2,7 @@
 
     python recipes/domains.py
     python -m recipes.data.clinc150 data_full.json clinc150 --domains domains.json
-    python recipes/domains.py --model_name_or_path FOLDER --full --train_file clinc150/train.csv
+    python recipes/domains.py --model_name_or_path FOLDER --train_file clinc150/train.csv
         --validation_file clinc150/validation.csv --test_file clinc150/test.csv
 
 The first line is the demo: a tiny encoder on embedded questions to a library's help desk, whose intents come three at
@@ -16,7 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+import recipes  # noqa: F401  quiets bitsandbytes, which transformers imports by way of peft
+
+# isort: split
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
@@ -32,14 +35,15 @@ from recipes.support import (
 from recipes.support.arguments import DEMO, ClassifyDataArguments
 from recipes.support.config import parse_recipe_arguments
 from recipes.support.domain_sequence import (
+    among,
     candidate_labels,
     cut,
     domain_metrics,
     domains_of,
-    loss_among,
     train_through,
 )
 from recipes.support.errors import RecipeError, exit_with_one_line
+from recipes.support.target_loss import TargetTrainer
 from recipes.support.task_arguments import DomainArguments
 
 make_parser, DEMO_CONFIG = parsers.domains, parsers.DEMO_CONFIGS["domains"]
@@ -51,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     started = time.perf_counter()
     groups = parse_recipe_arguments(make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG)
-    run, model_arguments, data, sequence, lora, arguments = groups
+    run, model_arguments, data, sequence, arguments = groups
     if training.check_run(run, arguments) is not None or arguments.save_strategy != "no":
         raise RecipeError("a sequence of domains is not resumed: leave --save_strategy no, and start it again.")
     splits = load_splits(data, sequence, arguments)
     domains = domains_of(splits["train"], sequence.domain_column)
     names = classification.label_names(splits["train"], data)
     set_seed(arguments.seed)
-    tokenizer, model = encoder_task.load_encoder(model_arguments, lora, names)
+    tokenizer, model = encoder_task.load_encoder(model_arguments, names)
     encoded = encoder_task.encode_splits(splits, data, tokenizer, names)
     parts = {name: cut(splits[name], encoded[name], sequence.domain_column, domains) for name in splits}
     candidates = None
@@ -70,16 +74,16 @@ def main(argv: list[str] | None = None) -> int:
                 "domains: leave it 0 with --scenario task_incremental."
             )
     steps = sequence_report.StepCount()
-    trainer = Trainer(
+    trainer = TargetTrainer(
         model=model,
         args=arguments,
         train_dataset=parts["train"][0],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_loss_func=None if candidates is None else loss_among(candidates),
+        narrow=None if candidates is None else among(candidates),
         callbacks=[steps],
     )
-    adapters.use_loraplus(trainer, lora)
+    adapters.use_loraplus(trainer, model_arguments)
     accuracies = train_through(trainer, domains, parts, candidates)
     num_records = len(encoded["train"])
     sequence_report.report(

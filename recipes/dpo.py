@@ -1,11 +1,12 @@
 """Teach a causal language model preferences by DPO, with a LoRA adapter or in full.
 
     python recipes/dpo.py
-    python recipes/dpo.py --model_name_or_path FOLDER_OR_NAME --train_file train.jsonl --beta 0.1
-    python recipes/dpo.py --model_name_or_path FOLDER_OR_NAME --dataset_name NAME --full --learning_rate 1e-6
+    python recipes/dpo.py --model_name_or_path FOLDER_OR_NAME --use_peft --train_file train.jsonl --beta 0.1
+    python recipes/dpo.py --model_name_or_path outputs/sft --dataset_name NAME --learning_rate 1e-6
 
 The first line is the demo: a small Llama, pretrained on the spot, learns to prefer answers that are to the point. The
-trainer is TRL's; of its arguments, all but `model_init_kwargs` have their meaning.
+trainer is TRL's `DPOTrainer`, and of its arguments all have TRL's names, meanings and defaults but optim and
+output_dir. A folder with the adapter of an earlier run is trained on, and is the reference as it was then.
 """
 
 import sys
@@ -15,29 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import Dataset
-from peft import TaskType
-from transformers import AutoModelForCausalLM, set_seed
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import (
-    adapters,
-    generation,
-    models,
-    parallel,
-    parsers,
-    preference_metrics,
-    preferences,
-    sft_data,
-    sft_report,
-    training,
-)
-from recipes.support.arguments import DEMO, LoraArguments, ModelArguments
-from recipes.support.checkpoints import wants_resume
-from recipes.support.config import parse_recipe_arguments
+from recipes.support import causal_data, causal_run, models, pairs, parallel, parsers, preference_metrics
+from recipes.support.causal_trainer import PreferenceTrainer
 from recipes.support.errors import exit_with_one_line
-from recipes.support.output import check_disk_space, naming_a_full_disk
 from recipes.support.reporting import warn
 
 make_parser, DEMO_CONFIG = parsers.dpo, parsers.DEMO_CONFIGS["dpo"]
@@ -47,92 +31,54 @@ make_parser, DEMO_CONFIG = parsers.dpo, parsers.DEMO_CONFIGS["dpo"]
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     started = time.perf_counter()
-    run, model_arguments, data, lora, arguments = parse_recipe_arguments(
-        make_parser(), sys.argv[1:] if argv is None else argv, demo_config=DEMO_CONFIG
-    )
-    resume_from = training.check_run(run, arguments)
-    output_dir = Path(arguments.output_dir)
-    splits = preferences.load_splits(data, seed=arguments.seed if arguments.data_seed is None else arguments.data_seed)
-    if model_arguments.model_name_or_path == DEMO:
-        model_arguments.model_name_or_path = sft_data.prepare_demo_model(
-            output_dir, keep=wants_resume(arguments.resume_from_checkpoint), show_progress=not arguments.disable_tqdm
-        )
-    set_seed(arguments.seed)
-    tokenizer = models.load_tokenizer(model_arguments)
-    model = models.load_model(AutoModelForCausalLM, model_arguments, lora=lora)
-    arguments.max_length = longest_pair(arguments, model)
-    train, validation = (preferences.prepare(split, data, tokenizer, limit=arguments.max_length) for split in splits)
-    model = models.add_adapter(model, lora, TaskType.CAUSAL_LM)
-    sizes = models.count_parameters(model)
-    check_disk_space(output_dir, model, full=lora.full)
-
-    # The evaluation before the first step is in the log of the run that is continued.
-    arguments.eval_on_start = arguments.eval_on_start and resume_from is None
-    trainer = make_trainer(model, tokenizer, model_arguments, lora, arguments, train, validation)
-    num_prompts = parallel.num_sample_generations(trainer.accelerator, data.num_sample_generations)
-    prompts = preferences.choose_prompts(validation, tokenizer, num_prompts)
-    samples = {"prompts": [tokenizer.decode(prompt) for prompt in prompts]}
-    samples["before"] = generation.complete(trainer.model, tokenizer, prompts)
+    groups = causal_run.parse(make_parser(), "dpo", sys.argv[1:] if argv is None else argv)
+    if (status := causal_run.instead_of_training(groups)) is not None:
+        return status
+    resume_from = causal_run.prepare(groups)
+    splits = causal_data.load_splits(groups, causal_data.demo_preferences)
+    tokenizer = causal_run.load_tokenizer(groups)
+    prepared = causal_data.prepare_pairs(splits, groups, tokenizer)
+    model, sizes = causal_run.add_adapter(causal_run.load_model(groups), groups)
+    trainer = make_trainer(model, tokenizer, groups, prepared)
+    num_prompts = parallel.num_sample_generations(trainer.accelerator, groups[2].num_sample_generations)
     before = preference_metrics.preference_accuracy(trainer)
-    metrics = training.train(trainer, run, resume_from=resume_from)
-    metrics |= last_evaluation(trainer, preferred_before=before)
-    samples["after"] = generation.complete(trainer.model, tokenizer, prompts)
-    with naming_a_full_disk(output_dir):
-        training.save_model(trainer)
-        if trainer.is_world_process_zero():
-            facts = training.describe_run(trainer, sizes, seconds=time.perf_counter() - started)
-            groups = (run, model_arguments, data, lora, arguments)
-            sft_report.report("dpo", output_dir, facts, metrics, samples, groups)
-    parallel.leave_group(trainer.accelerator)
-    return 0
+    return causal_run.train(
+        trainer,
+        groups,
+        recipe="dpo",
+        resume_from=resume_from,
+        prompts=pairs.choose_prompts(prepared.get("validation", prepared["train"]), tokenizer, num_prompts),
+        evaluate=lambda: preference_metrics.first_and_last(trainer, preferred_before=before),
+        sizes=sizes,
+        num_records=len(prepared["train"]),
+        source=splits["train"].source,
+        started=started,
+    )
 
 
-def longest_pair(arguments: DPOConfig, model: Any) -> int:
-    """Return how many tokens a prompt with its completion may have: `max_length`, or the context if shorter."""
-    context_length = getattr(model.config, "max_position_embeddings", None)
-    limits = [limit for limit in (arguments.max_length, context_length) if limit is not None]
-    return min(limits) if limits else sys.maxsize
+def make_trainer(model: Any, tokenizer: Any, groups: tuple[Any, ...], prepared: dict[str, Any]) -> PreferenceTrainer:
+    """Return TRL's trainer. The reference is the model without its new adapter, or before the old one was trained on.
 
-
-def make_trainer(
-    model: Any,
-    tokenizer: Any,
-    model_arguments: ModelArguments,
-    lora: LoraArguments,
-    arguments: DPOConfig,
-    train: Dataset,
-    validation: Dataset,
-) -> DPOTrainer:
-    """Return TRL's trainer; the reference is the model without its adapter, or for full training a second copy."""
-    if lora.lora_dropout and arguments.disable_dropout:
+    Where every weight is trained it is a second copy of the model, unless its log-probabilities are computed first.
+    """
+    _, of_model, _, arguments = groups
+    if of_model.lora_dropout and of_model.has_adapter and arguments.disable_dropout:
         warn("lora_dropout has no effect: DPO compares without dropout (--disable_dropout false keeps it)")
-    needs_copy = lora.full and not arguments.precompute_ref_log_probs
-    trainer = DPOTrainer(
-        model=model,
-        ref_model=models.load_model(AutoModelForCausalLM, model_arguments) if needs_copy else None,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
+    needs_copy = not of_model.has_adapter and not arguments.precompute_ref_log_probs
+    trainer = causal_run.make_trainer(
+        PreferenceTrainer,
+        model,
+        groups,
+        ref_model=models.load_model(AutoModelForCausalLM, of_model) if needs_copy else None,
+        train_dataset=prepared["train"],
+        eval_dataset=prepared.get("validation"),
         processing_class=tokenizer,
     )
-    if not lora.full:
+    if of_model.has_adapter and of_model.adapter_name_or_path is None:
         # TRL takes an adapter that it is given for a trained one, and copies it as the reference (1.16). A new one
         # changes nothing: the model with its adapter switched off is the same, at no cost.
         trainer.model.delete_adapter("ref")
-    adapters.use_loraplus(trainer, lora)
     return trainer
-
-
-def last_evaluation(trainer: DPOTrainer, *, preferred_before: float) -> dict[str, float]:
-    """Return loss, rewards and preferences after the last step, and before the first."""
-    history = trainer.state.log_history
-    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):
-        trainer.evaluate()
-    return {
-        **preference_metrics.first_and_last(history),
-        "eval_preference_accuracy_before": preferred_before,
-        "eval_preference_accuracy": preference_metrics.preference_accuracy(trainer),
-    }
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import image_data, image_model, parsers, sequence_report, training
 from recipes.support.config import parse_recipe_arguments
 from recipes.support.errors import RecipeError, exit_with_one_line
 from recipes.support.label_shift import Labels, sequence_metrics, train_through
+from recipes.support.target_loss import TargetTrainer
 
 make_parser, DEMO_CONFIG = parsers.shift, parsers.DEMO_CONFIGS["shift"]
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     processor, model = image_model.load(model_arguments, names)
     arguments.label_names = ["labels"]
     encoded = {name: image_data.encode(split, processor) for name, split in splits.items()}
-    trainer = Trainer(model=model, args=arguments, train_dataset=encoded["train"], processing_class=processor)
+    trainer = TargetTrainer(model=model, args=arguments, train_dataset=encoded["train"], processing_class=processor)
     accuracies = train_through(trainer, labels, {name: encoded[name] for name in encoded if name != "train"})
     num_steps = shift.num_tasks * trainer.state.global_step
     num_records = len(encoded["train"])

@@ -8,6 +8,7 @@ import pprint
 
 import pytest
 import torch
+from trl import ModelConfig, ScriptArguments
 
 import hf_tam
 from hf_tam import cli
@@ -64,7 +65,9 @@ def commands(parser, name):
 
 
 def fields(kind):
-    return [field.name for field in dataclasses.fields(kind) if field.init]
+    """What a class of ours adds to TRL's."""
+    theirs = {name for base in (ModelConfig, ScriptArguments) for name in base.__dataclass_fields__}
+    return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in theirs]
 
 
 def own_arguments():

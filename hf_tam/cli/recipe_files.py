@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import hf_tam
 # A field of a header stands in a comment, "# Purpose:   text", and goes on in comments that are indented further.
 _FIELD = re.compile(r"^# ([A-Z][\w ]*):\s+(.*)$")
 _CONTINUATION = re.compile(r"^#\s{3,}(.*)$")
-# Not for running: the numbers behind the README, which stay in the repository.
-_LEFT_OUT = ("results", "__pycache__")
 
 
 @dataclass(frozen=True)
@@ -23,21 +20,23 @@ class RecipeFile:
     """A file to start a run with.
 
     Attributes:
-        kind: "script", "configuration" or "launch".
+        kind: "script", "configuration", "launch" or "cluster".
         path: Where it is.
         place: Its path inside the folder of the recipes.
         purpose: What it is for, in one line.
+        gigabytes: What a configuration needs for weights, gradients and states, as its header has it; or nothing.
     """
 
     kind: str
     path: Path
     place: str
     purpose: str
+    gigabytes: str = ""
 
     @property
     def name(self) -> str:
         """What `list` calls it: sft.py, llama3.2-1b/lora, accelerate/ddp."""
-        return self.place if self.kind == "script" else re.sub(r"^configs/|\.(yaml|json)$", "", self.place)
+        return self.place if self.kind == "script" else re.sub(r"^configs/|\.(yaml|json|sh)$", "", self.place)
 
     @property
     def names(self) -> set[str]:
@@ -62,14 +61,15 @@ def find_folder() -> Path:
 
 
 def list_files(folder: Path) -> list[RecipeFile]:
-    """Return scripts, configurations and launch files, in this order."""
+    """Return scripts, configurations, launch files and jobs for clusters, in this order."""
     recipes = folder / "recipes"
     found = [
         *(("script", path) for path in sorted(recipes.glob("*.py")) if path.name != "__init__.py"),
         *(("configuration", path) for path in sorted(recipes.glob("configs/*/*.yaml"), key=_by_model)),
         *(("launch", path) for path in sorted(recipes.glob("accelerate/*.*"))),
+        *(("cluster", path) for path in sorted(recipes.glob("cluster/*.*"))),
     ]
-    return [RecipeFile(kind, path, path.relative_to(recipes).as_posix(), _purpose(path)) for kind, path in found]
+    return [_read(kind, path, recipes) for kind, path in found]
 
 
 def find_file(name: str, files: list[RecipeFile]) -> RecipeFile:
@@ -89,14 +89,10 @@ def find_file(name: str, files: list[RecipeFile]) -> RecipeFile:
     raise LookupError(f"no recipe is called {name!r}; {advice}")
 
 
-def files_to_run(script: RecipeFile, folder: Path) -> Iterator[Path]:
-    """Yield what a copy of `script` needs: all of the package but the other scripts, relative to `folder`."""
-    recipes = folder / "recipes"
-    for path in sorted(recipes.rglob("*")):
-        inside = path.relative_to(recipes)
-        is_other_script = len(inside.parts) == 1 and path.suffix == ".py" and path.name != "__init__.py"
-        if path.is_file() and not set(inside.parts) & set(_LEFT_OUT) and (path == script.path or not is_other_script):
-            yield path.relative_to(folder)
+def stands_alone(script: RecipeFile) -> bool:
+    """Whether a script imports nothing of the recipes, and so takes no configuration either."""
+    found = ast.walk(ast.parse(script.path.read_text(encoding="utf-8")))
+    return not any(isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("recipes.") for node in found)
 
 
 def read_header(text: str) -> dict[str, str]:
@@ -115,13 +111,24 @@ def read_header(text: str) -> dict[str, str]:
 
 
 def recipe_of(text: str) -> str | None:
-    """Return the script that a configuration's header launches, such as sft.py."""
-    match = re.search(r"(\w+\.py)\b", read_header(text).get("Launch", ""))
+    """Return what a configuration's header launches: a script such as sft.py, or a command such as "trl grpo"."""
+    match = re.search(r"\b(trl \w+|\w+\.py)\b", read_header(text).get("Launch", ""))
     return match[1] if match else None
 
 
-def _purpose(path: Path) -> str:
+def gigabytes_of(hardware: str) -> str:
+    """Return the GB that a header's field Hardware begins with, or nothing."""
+    match = re.match(r"(\d+(?:\.\d+)?) GB for weights, gradients and states\b", hardware)
+    return match[1] if match else ""
+
+
+def _read(kind: str, path: Path, recipes: Path) -> RecipeFile:
     text = path.read_text(encoding="utf-8")
+    gigabytes = gigabytes_of(read_header(text).get("Hardware", ""))
+    return RecipeFile(kind, path, path.relative_to(recipes).as_posix(), _purpose(path, text), gigabytes)
+
+
+def _purpose(path: Path, text: str) -> str:
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].rstrip(".")
     if path.suffix == ".json":  # which has no comments

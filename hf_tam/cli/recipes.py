@@ -13,11 +13,13 @@ from typing import Any
 
 from hf_tam.cli import recipe_files
 from hf_tam.cli.recipe_files import RecipeFile
+from hf_tam.cli.recipe_needs import files_to_run
 
 _TITLES = {
     "script": "Scripts (run them with python, or with accelerate launch)",
-    "configuration": "Configurations (for --config of the script that their Launch line names)",
+    "configuration": "Configurations by GB before activations (for --config of what their Launch line names)",
     "launch": "Launch files (for accelerate launch --config_file)",
+    "cluster": "Jobs on several machines (for sbatch, and for sky launch)",
 }
 # What every recipe imports; without them its parser cannot be asked.
 _NEEDED = ("transformers", "peft", "datasets", "yaml")
@@ -68,7 +70,10 @@ def list_recipes(parsed: argparse.Namespace) -> int:
         return _complain(f"no recipe has {' or '.join(words)} in its name; without words all are listed")
     width = max(len(file.name) for file in files)
     for kind, title in _TITLES.items():
-        lines = [f"  {file.name:{width}}  {file.purpose}" for file in files if file.kind == kind]
+        found = [file for file in files if file.kind == kind]
+        if kind == "configuration":
+            found.sort(key=lambda file: float(file.gigabytes or 0))
+        lines = [_line(file, width) for file in found]
         if lines:
             _write("\n".join([title, *lines, "", ""]))
     return 0
@@ -131,6 +136,11 @@ def validate(parsed: argparse.Namespace) -> int:
     return int(subprocess.run([sys.executable, "-c", _VALIDATE, str(folder), *words], env=environment).returncode != 0)
 
 
+def _line(file: RecipeFile, width: int) -> str:
+    size = f"{file.gigabytes:>5} {'GB' if file.gigabytes else '  '}  " if file.kind == "configuration" else ""
+    return f"  {file.name:{width}}  {size}{file.purpose}"
+
+
 def _find(name: str) -> RecipeFile:
     return recipe_files.find_file(name, recipe_files.list_files(recipe_files.find_folder()))
 
@@ -141,7 +151,7 @@ def _plan_copies(file: RecipeFile, target: Path) -> dict[Path, Path]:
         folder = recipe_files.find_folder()
         if target.is_file():
             raise NotADirectoryError(f"{target} is a file: a script needs a folder, for the package it runs in")
-        return {folder / inside: target / inside for inside in recipe_files.files_to_run(file, folder)}
+        return {folder / inside: target / inside for inside in files_to_run(file, folder)}
     # Many configurations are called lora.yaml: the copy says of what.
     name = f"{file.path.parent.name}-{file.path.name}" if file.kind == "configuration" else file.path.name
     is_file = target.suffix == file.path.suffix and not target.is_dir()
@@ -154,7 +164,10 @@ def _differs(source: Path, target: Path) -> bool:
 
 def _say_what_to_run(file: RecipeFile, target: Path, *, num_files: int) -> None:
     if file.kind == "script":
-        print(f"wrote {target} and {num_files - 1} files that it needs; run it with: python {target}")
+        needed = f" and {num_files - 1} files that it needs" if num_files > 1 else ""
+        print(f"wrote {target}{needed}; run it with: python {target}")
+    elif file.kind == "cluster":
+        print(f"wrote {target}; its header says how to launch it")
     elif file.kind == "launch":
         option = "--deepspeed_config_file" if target.suffix == ".json" else "--config_file"
         print(f"wrote {target}; use it with: accelerate launch {option} {target} ...")
@@ -166,15 +179,16 @@ def _say_what_to_run(file: RecipeFile, target: Path, *, num_files: int) -> None:
 
 
 def _with_recipes(paths: list[str], recipe: str | None, files: list[RecipeFile]) -> list[tuple[str, str]]:
-    """Put before each path the module of its script."""
-    scripts = {file.path.name for file in files if file.kind == "script"}
+    """Put before each path the module of its script, or the command of TRL that it is for."""
+    scripts = {file.path.name for file in files if file.kind == "script" and not recipe_files.stands_alone(file)}
     found = []
     for path in paths:
         script = recipe or recipe_files.recipe_of(Path(path).read_text(encoding="utf-8")) or "sft.py"
-        script = script if script.endswith(".py") else f"{script}.py"
-        if script not in scripts:
+        script = script if script.endswith(".py") or script.startswith("trl ") else f"{script}.py"
+        if script.endswith(".py") and script not in scripts:
             raise LookupError(
-                f"{path} is for {script}, which is no recipe: --recipe takes {', '.join(sorted(scripts))}"
+                f"{path} is for {script}, which is no recipe with configurations:"
+                f" --recipe takes {', '.join(sorted(scripts))}"
             )
         found.append((script.removesuffix(".py"), path))
     return found

@@ -30,7 +30,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
@@ -38,7 +37,7 @@ import hf_tam
 from hf_tam.lab.bench.machine import describe_machine, load_average
 from hf_tam.lab.bench.statistics import pair_ratio
 from recipes import sft
-from recipes.support import causal_demo, models, sft_data, sft_model
+from recipes.support import causal_data, causal_demo, causal_run
 from recipes.support.config import parse_recipe_arguments
 
 OURS, THEIRS = "adatamw", "adamw_torch_fused"
@@ -90,13 +89,12 @@ def prepare(optim: str, base: Path, *, size: str, steps: int, log_torque: bool) 
     words += ["--optim_args=log_torque=true"] if log_torque and optim == OURS else []
     words += ["--use_cpu=false", "--bf16=true", "--lora_r=16"] if size == "1b" else []
     groups = parse_recipe_arguments(sft.make_parser(), words, demo_config=sft.DEMO_CONFIG)
-    _, model_arguments, data, lora, arguments = groups
-    model_arguments.model_name_or_path = str(base)
-    splits = sft_data.load_splits(data, seed=arguments.seed)
-    set_seed(arguments.seed)
-    tokenizer, model = sft_model.load(model_arguments, lora, saves_state=False)
-    encoded = sft_data.encode_splits(splits, data, tokenizer, model.config)
-    trainer = sft.make_trainer(models.add_adapter(model, lora, sft.TaskType.CAUSAL_LM), tokenizer, groups, encoded)
+    groups[1].model_name_or_path = str(base)
+    splits = causal_data.load_splits(groups, causal_data.demo_questions)
+    tokenizer = causal_run.load_tokenizer(groups)
+    encoded = causal_data.encode(splits, groups, tokenizer)
+    model, _ = causal_run.add_adapter(causal_run.load_model(groups), groups)
+    trainer = sft.make_trainer(model, tokenizer, groups, {name: split.dataset for name, split in encoded.items()})
     trainer.remove_callback(PrinterCallback)
     return trainer
 

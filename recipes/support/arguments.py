@@ -1,9 +1,28 @@
 """The arguments of the recipes that transformers' TrainingArguments does not have."""
 
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments
 
 DEMO = "demo"
+
+_INITIAL_WEIGHTS = re.compile(r"gaussian|orthogonal|eva|loftq|olora|pissa(_niter_\d+)?")
+# Arguments that say something about an adapter alone.
+_OF_ADAPTERS = (
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_dora",
+    "use_rslora",
+    "load_in_4bit",
+    "load_in_8bit",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+)
 
 
 @dataclass
@@ -20,6 +39,8 @@ class RunArguments:
     metrics_file: str | None = field(
         default=None, metadata={"help": "Where to log metrics, as JSON lines. Default: output_dir/metrics.jsonl."}
     )
+    # Every argument of the run as it was given, before names are resolved.
+    given: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
 
 @dataclass
@@ -39,7 +60,7 @@ class SftRunArguments(RunArguments):
             " where output_dir holds a finished run, do that alone."
         },
     )
-    test_file: str | None = field(
+    test_file: list[str] | None = field(
         default=None, metadata={"help": "Data that is measured once, at the end, and decides nothing."}
     )
     dry_run: bool = field(
@@ -60,23 +81,65 @@ class SftRunArguments(RunArguments):
 
 
 @dataclass
-class ModelArguments:
-    """Which model is trained."""
+class ModelArguments(ModelConfig):
+    """Which model, and what of it is trained: TRL's `ModelConfig`, and what it does not have of adapters."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": f"Folder or hub name of the model; '{DEMO}' builds the small demo model."}
+    init_lora_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the adapter starts: gaussian, orthogonal, eva, loftq, olora, pissa or pissa_niter_16."
+        },
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Type of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of the B matrices, as a multiple of learning_rate (LoRA+)."}
     )
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and what excludes what.
+
+        Raises:
+            ValueError: an argument is out of its range, or would be without effect.
+        """
+        super().__post_init__()
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout = {self.lora_dropout}: must be in [0, 1).")
+        if self.loraplus_lr_ratio is not None and not 0.0 < self.loraplus_lr_ratio < math.inf:
+            raise ValueError(f"loraplus_lr_ratio = {self.loraplus_lr_ratio}: must be above 0.")
+        if self.init_lora_weights is not None and not _INITIAL_WEIGHTS.fullmatch(self.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights = {self.init_lora_weights}: must be gaussian, orthogonal, eva, loftq, olora,"
+                " pissa or pissa_niter_N."
+            )
+        if not self.has_adapter and (given := [name for name in _OF_ADAPTERS if getattr(self, name)]):
+            raise ValueError(f"without use_peft every weight is trained: add use_peft, or drop {', '.join(given)}.")
+        if self.use_bnb_nested_quant and not self.load_in_4bit:
+            raise ValueError("use_bnb_nested_quant has no effect without load_in_4bit.")
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not every weight."""
+        return self.use_peft
 
 
 @dataclass
-class SftModelArguments(ModelArguments):
-    """A causal language model, which several processes may share."""
+class LmModelArguments(ModelArguments):
+    """A causal language model, which may come with an adapter, and which several processes may share."""
 
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Adapter of an earlier run, on its base; model_name_or_path may name its folder as well."},
+    )
+    adapter_start: str = field(
+        default="continue",
+        metadata={
+            "help": "With an adapter of an earlier run: train it on (continue), or merge it into the weights and train"
+            " a new adapter or all weights (merge).",
+            "choices": ["continue", "merge"],
+        },
+    )
     tp_size: int | None = field(
         default=None,
         metadata={"help": "Cut the model over this many processes, which must be all. Default: as accelerate says."},
@@ -88,85 +151,45 @@ class SftModelArguments(ModelArguments):
         Raises:
             ValueError: an argument is out of its range.
         """
+        super().__post_init__()
         if self.tp_size is not None and self.tp_size < 1:
             raise ValueError(f"tp_size = {self.tp_size}: must be at least 1.")
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained: a new one, or that of an earlier run, named by itself or as the model."""
+        names_one = self.adapter_name_or_path or is_adapter_folder(self.model_name_or_path)
+        return self.use_peft or (bool(names_one) and self.adapter_start == "continue")
+
+
+def is_adapter_folder(name: str | None) -> bool:
+    """Whether `name` is a folder that peft has saved an adapter to."""
+    return bool(name) and (Path(str(name)) / "adapter_config.json").is_file()
+
 
 @dataclass
-class LoraArguments:
-    """What is trained: an adapter, or with `full` the whole model."""
+class DatasetArguments(ScriptArguments):
+    """Where records come from: TRL's `ScriptArguments`, and files; each recipe adds the columns it reads."""
 
-    full: bool = field(default=False, metadata={"help": "Train every parameter instead of a LoRA adapter."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on during training. Default: validation, or else test."}
+    )
+    train_file: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Layers to adapt. all-linear: every linear layer but the output layer; names, or ends of names; or"
-            " one regular expression for whole names, told by a character that no name has: .*(q|v)_proj"
+            "help": "Training data: .jsonl, .json, .csv, .parquet, also .gz; several, or a pattern: data/*.jsonl."
         },
     )
-    modules_to_save: list[str] = field(
-        default_factory=list, metadata={"help": "Layers to train whole and to save with the adapter, such as lm_head."}
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Data evaluated on during training, in the same form."}
     )
-    use_dora: bool = field(default=False, metadata={"help": "Train the norms of the adapted weights too (DoRA)."})
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale the adapter by lora_alpha / sqrt(lora_r) instead (rsLoRA)."}
-    )
-    loraplus_lr_ratio: float | None = field(
-        default=None, metadata={"help": "Learning rate of the B matrices, as a multiple of learning_rate (LoRA+)."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the frozen weights in 4 bits, by bitsandbytes (QLoRA)."}
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "The 16 values of a 4-bit weight.", "choices": ["nf4", "fp4"]}
-    )
-    bnb_4bit_use_double_quant: bool = field(
-        default=False, metadata={"help": "Quantise the scales of the 4-bit weights as well."}
-    )
-
-    def __post_init__(self) -> None:
-        """Check the ranges, and what excludes what.
-
-        Raises:
-            ValueError: an argument is out of its range, or would be without effect.
-        """
-        for name in ("lora_r", "lora_alpha"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout = {self.lora_dropout}: must be in [0, 1).")
-        if self.loraplus_lr_ratio is not None and not 0.0 < self.loraplus_lr_ratio < math.inf:
-            raise ValueError(f"loraplus_lr_ratio = {self.loraplus_lr_ratio}: must be above 0.")
-        if not self.lora_target_modules:
-            raise ValueError("lora_target_modules is empty: name a layer, or all-linear.")
-        of_adapters = ("modules_to_save", "use_dora", "use_rslora", "loraplus_lr_ratio", "load_in_4bit")
-        if self.full and (given := [name for name in of_adapters if getattr(self, name)]):
-            raise ValueError(f"full trains every parameter, without an adapter: drop it, or {', '.join(given)}.")
-        if self.bnb_4bit_use_double_quant and not self.load_in_4bit:
-            raise ValueError("bnb_4bit_use_double_quant has no effect without load_in_4bit.")
-
-
-@dataclass
-class DatasetArguments:
-    """Where records come from; each recipe adds the columns it reads."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": f"Hub name or folder of a dataset; '{DEMO}' is the embedded one."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "Training data: .jsonl, .json, .csv, .parquet."})
-    validation_file: str | None = field(default=None, metadata={"help": "Data evaluated on during training."})
     validation_fraction: float = field(
-        default=0.0, metadata={"help": "Without a validation_file: the share of the training data to hold out."}
+        default=0.0, metadata={"help": "Without validation data: the share of the training data to hold out."}
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many records, drawn by the seed."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many records at most."})
-    max_length: int = field(default=512, metadata={"help": "Longest text in tokens; what is over is cut and counted."})
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything.
@@ -176,38 +199,30 @@ class DatasetArguments:
         """
         if self.dataset_name and self.train_file:
             raise ValueError("dataset_name and train_file exclude each other: name one source of training data.")
+        if self.dataset_streaming:
+            raise ValueError("dataset_streaming: records are checked before the first step: drop it.")
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction = {self.validation_fraction}: must be in [0, 1).")
         for name in ("max_train_samples", "max_eval_samples", "max_length"):
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1.")
 
 
 @dataclass
-class SftDataArguments(DatasetArguments):
-    """Columns of the records for supervised fine-tuning."""
+class LmDataArguments(DatasetArguments):
+    """Records for a causal language model."""
 
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "Without a validation_file: the share of the training data to hold out."}
+        default=0.1,
+        metadata={"help": "Where eval_strategy asks for an evaluation and no data for it is named: what to hold out."},
     )
-    messages_column: str | None = field(default=None, metadata={"help": "Column of chats. Default: messages."})
-    prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts. Default: prompt."})
-    completion_column: str | None = field(
-        default=None, metadata={"help": "Column of completions. Default: completion."}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "Column of plain text. Default: text."})
-    assistant_only_loss: bool | None = field(
-        default=None,
-        metadata={"help": "Of a chat, learn the assistant's turns alone (the default); false: every token."},
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "Template for chats in place of the tokenizer's: chatml, plain, or a file of Jinja."},
-    )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put short records together into rows of max_length tokens; none attends to another."},
+    on_bad_record: str = field(
+        default="drop",
+        metadata={
+            "help": "A record that is broken, or that the chat template cannot carry: drop it and count it, or stop.",
+            "choices": ["drop", "raise"],
+        },
     )
     num_sample_generations: int = field(
         default=3, metadata={"help": "How many held-out prompts to complete before and after training."}
@@ -215,67 +230,36 @@ class SftDataArguments(DatasetArguments):
 
 
 @dataclass
-class ClassifyDataArguments(DatasetArguments):
-    """Columns of the records for text classification."""
+class SftDataArguments(LmDataArguments):
+    """Columns of the records for supervised fine-tuning; that of plain text is TRL's dataset_text_field."""
 
-    test_file: str | None = field(default=None, metadata={"help": "Data for the final accuracy."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label, a name or a number."})
-    max_length: int = field(default=64, metadata={"help": "Longest text in tokens; what is over is cut and counted."})
+    messages_column: str | None = field(default=None, metadata={"help": "Column of chats. Default: by its name."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts. Default: by its name."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of completions. Default: by its name."}
+    )
 
 
 @dataclass
-class LoopArguments:
-    """The training of no_trainer.py; names and meanings are those of transformers' TrainingArguments."""
+class PreferenceDataArguments(LmDataArguments):
+    """Columns of the records for preference optimisation."""
 
-    output_dir: str = field(default="outputs/no-trainer", metadata={"help": "Where everything is written."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate; AdamW's carries over."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of every trained tensor."})
-    gamma: float = field(default=0.9, metadata={"help": "Smoothing of the torque; 1 keeps it at 0."})
-    scope: str = field(
-        default="tensor", metadata={"help": "One angle for each tensor, or for all.", "choices": ["tensor", "model"]}
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of prompts. Default: prompt; or both completions begin with it."}
     )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
-    max_steps: int = field(default=-1, metadata={"help": "Stop after this many steps, whatever num_train_epochs."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Records a process and backward pass."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Records a process in an evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes a step."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0: leave them."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "linear, cosine, constant_with_warmup, ..."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1: the share of all steps."})
-    logging_steps: int = field(default=10, metadata={"help": "Log the training loss every N steps."})
-    eval_strategy: str = field(
-        default="epoch", metadata={"help": "When to evaluate.", "choices": ["epoch", "steps", "no"]}
+    chosen_column: str | None = field(
+        default=None, metadata={"help": "Column of the completions that were preferred. Default: chosen."}
     )
-    eval_steps: int = field(default=500, metadata={"help": "Evaluate every N steps."})
-    save_strategy: str = field(
-        default="epoch",
-        metadata={
-            "help": "When to save the state, apart from the end; no: never.",
-            "choices": ["epoch", "steps", "no"],
-        },
+    rejected_column: str | None = field(
+        default=None, metadata={"help": "Column of those they were preferred to. Default: rejected."}
     )
-    save_steps: int = field(default=500, metadata={"help": "Save the state every N steps."})
-    save_total_limit: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true, auto (if there is one), or the folder of a checkpoint."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of the adapter, the order of the data and dropout."})
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is an accelerator."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
-    def __post_init__(self) -> None:
-        """Check the ranges that the optimizer does not check itself.
 
-        Raises:
-            ValueError: an argument is out of its range.
-        """
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        if self.max_steps < 1 and not self.num_train_epochs > 0:
-            raise ValueError(f"num_train_epochs = {self.num_train_epochs}: must be above 0.")
-        for name in ("max_grad_norm", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0.")
+@dataclass
+class ClassifyDataArguments(DatasetArguments):
+    """Columns of the records for text classification."""
+
+    test_file: list[str] | None = field(default=None, metadata={"help": "Data for the final accuracy."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label, a name or a number."})
+    max_length: int = field(default=64, metadata={"help": "Longest text in tokens; what is over is cut and counted."})

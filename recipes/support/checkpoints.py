@@ -1,7 +1,6 @@
 """Which checkpoint a run resumes from."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -31,29 +30,18 @@ def checkpoint_to_resume(training: TrainingArguments) -> Path | None:
     Raises:
         RecipeError: there is no checkpoint to resume from, or it is damaged.
     """
-    output_dir = Path(training.output_dir)
-    folder = choose_checkpoint(training.resume_from_checkpoint, output_dir, last_complete_checkpoint)
+    folder = _choose_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
     # Sharded checkpoints have other files; the Trainer's own path checks those.
     if folder is not None and training.world_size == 1:
         _require_resumable(folder, training)
     return folder
 
 
-def choose_checkpoint(choice: str | None, output_dir: Path, find_newest: Callable[[Path], Path | None]) -> Path | None:
-    """Resolve `--resume_from_checkpoint` as `checkpoint_to_resume` describes it; the folder is not looked into.
-
-    Args:
-        choice: nothing, `true`, `auto`, or a folder.
-        output_dir: of the run.
-        find_newest: returns the newest complete checkpoint in a directory, or None.
-
-    Raises:
-        RecipeError: there is no checkpoint to resume from.
-    """
+def _choose_checkpoint(choice: str | None, output_dir: Path) -> Path | None:
     if not wants_resume(choice):
         return None
     keyword = str(choice).lower()
-    folder = find_newest(output_dir) if keyword in ("true", "auto") else Path(str(choice))
+    folder = last_complete_checkpoint(output_dir) if keyword in ("true", "auto") else Path(str(choice))
     if folder is None and keyword == "true":
         incomplete = ", ".join(path.name for path in list_checkpoints(output_dir))
         raise RecipeError(

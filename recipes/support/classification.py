@@ -1,5 +1,6 @@
 """Records of a text and a label, as token ids and class indices."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from recipes.support.arguments import ClassifyDataArguments
 from recipes.support.errors import RecipeError
 from recipes.support.records import Records
+
+# A number with a fraction, as text: of a CSV.
+_FRACTION = re.compile(r"[-+]?\d*\.\d*[1-9]\d*([eE][-+]?\d+)?")
 
 
 def check_records(records: Records, data: ClassifyDataArguments) -> None:
@@ -24,6 +28,17 @@ def check_records(records: Records, data: ClassifyDataArguments) -> None:
     for index, label in enumerate(records.dataset[data.label_column]):
         if label is None or label == "":
             raise RecipeError(f"{records.locate(index)}: '{data.label_column}' is missing.")
+        if _is_quantity(label):
+            raise RecipeError(
+                f"{records.locate(index)}: '{data.label_column}' is {label!r}: a class is a name or a whole number;"
+                " quantities and lists cannot be learned here. If it is a class, name it, such as 'grade 1.5'."
+            )
+
+
+def _is_quantity(label: Any) -> bool:
+    if isinstance(label, float):
+        return not label.is_integer()
+    return bool(_FRACTION.fullmatch(label)) if isinstance(label, str) else not isinstance(label, int)
 
 
 def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:
@@ -36,8 +51,8 @@ def label_names(train: Records, data: ClassifyDataArguments) -> list[str]:
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     labels = set(train.dataset[data.label_column])
-    # Numbers sort as numbers: 10 comes after 9.
-    names = [str(label) for label in sorted(labels, key=lambda label: (isinstance(label, str), label))]
+    # Numbers sort as numbers, also those of a CSV, which are text: 10 comes after 9.
+    names = sorted(map(str, labels), key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
         raise RecipeError(
             f"{train.source}: '{data.label_column}' has the single value {names[0]!r}: nothing to tell apart."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_tam.cli.recipe_files import find_folder, list_files, read_header
+from hf_tam.cli.recipe_files import find_folder, gigabytes_of, list_files, read_header
 
 KINDS = ("lora", "qlora", "full")
 _HEADER = f"| folder | model | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}"
@@ -33,9 +33,9 @@ def _line(name: str, files: dict[str, Path]) -> str:
 
 def _cell(path: Path) -> str:
     hardware = read_header(path.read_text(encoding="utf-8")).get("Hardware", "")
-    memory = re.match(r"(\S+) GB for weights, gradients and states", hardware)
+    memory = gigabytes_of(hardware)
     gpus = re.search(r"(?:one GPU|each of (\d+) GPUs) of (\d+) GB", hardware)
-    return f"{memory[1]} ({f'{gpus[1]} x ' if gpus[1] else ''}{gpus[2]})" if memory and gpus else ""
+    return f"{memory} ({f'{gpus[1]} x ' if gpus[1] else ''}{gpus[2]})" if memory and gpus else ""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from recipes.support import reporting
+from recipes.support import outcome, reporting
 from recipes.support.errors import RecipeError
 from recipes.support.label_shift import sequence_metrics
 from recipes.support.records import Records
@@ -79,21 +79,17 @@ def candidate_labels(parts: dict[str, list[Dataset]], names: list[str], domains:
     return of_label[:, None] == of_label
 
 
-def loss_among(candidates: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return the cross-entropy over the labels of a record's own domain, for Trainer's `compute_loss_func`.
+def among(candidates: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the function that leaves, of logits, those of the labels of a record's own domain.
 
     Args:
         candidates: of `candidate_labels`.
     """
 
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        allowed = candidates.to(labels.device)[labels]
-        logits = outputs["logits"].float().masked_fill(~allowed, -torch.inf)
-        if num_items_in_batch is None:
-            return torch.nn.functional.cross_entropy(logits, labels)
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+    def narrow(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(~candidates.to(labels.device)[labels], -torch.inf)
 
-    return loss
+    return narrow
 
 
 def train_through(
@@ -116,6 +112,7 @@ def train_through(
     for position, domain in enumerate(domains):
         trainer.train_dataset = parts["train"][position]
         trainer.train()
+        outcome.require_learning(trainer)
         asked = range(count) if position == count - 1 else range(max(0, position - 1), position + 1)
         for name, values in accuracies.items():
             for other in asked:

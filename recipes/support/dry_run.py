@@ -12,7 +12,7 @@ from peft import TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from recipes.support import adapters, causal_demo, models, parallel, reporting
-from recipes.support.arguments import DEMO, LoraArguments, SftModelArguments
+from recipes.support.arguments import DEMO, LmModelArguments
 from recipes.support.errors import RecipeError
 
 # bitsandbytes: half a byte a number, and for each block of 64 an fp32 scale, or with double quantisation a byte and,
@@ -39,7 +39,7 @@ def report(groups: tuple[Any, ...]) -> int:
     """Print the arguments that differ from their defaults, the numbers of parameters, and the memory.
 
     Args:
-        groups: the arguments of the run: run, model, data, adapter and training.
+        groups: the arguments of the run: run, model, data and training.
 
     Returns:
         The exit status, 0.
@@ -47,15 +47,15 @@ def report(groups: tuple[Any, ...]) -> int:
     Raises:
         RecipeError: there is no such model, or the adapter does not fit it.
     """
-    _, model_arguments, _, lora, arguments = groups
+    _, model_arguments, _, arguments = groups
     accelerator = Accelerator(cpu=arguments.use_cpu, deepspeed_plugin=arguments.deepspeed_plugin)
-    model = build_on_meta(model_arguments, lora)
+    model = build_on_meta(model_arguments)
     if not accelerator.is_main_process:
         return 0
     for group in groups:
         print(f"# {type(group).__name__}\n{_as_yaml(group)}", end="")
     trained, total = models.count_parameters(model)
-    memory = estimate(model, lora, arguments, accelerator)
+    memory = estimate(model, model_arguments, arguments, accelerator)
     rows = {
         "strategy": parallel.describe_strategy(accelerator),
         "trained_parameters": f"{trained:,} of {total:,} ({trained / total:.2%})",
@@ -68,32 +68,32 @@ def report(groups: tuple[Any, ...]) -> int:
     return 0
 
 
-def build_on_meta(arguments: SftModelArguments, lora: LoraArguments) -> Any:
+def build_on_meta(arguments: LmModelArguments) -> Any:
     """Return the model with its adapter and without any weights, from its configuration alone."""
     config = causal_demo.describe_base() if arguments.model_name_or_path == DEMO else models.load_config(arguments)
     dtype = getattr(config, "dtype", None) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
-            if lora.full:
+            if not arguments.use_peft:
                 return model
-            return get_peft_model(model, adapters.make_config(model, lora, TaskType.CAUSAL_LM))
+            return get_peft_model(model, adapters.make_config(model, arguments, TaskType.CAUSAL_LM))
     except ValueError as error:
         raise RecipeError(f"model '{arguments.model_name_or_path}': {' '.join(str(error).split())}") from error
 
 
 def estimate(
-    model: torch.nn.Module, lora: LoraArguments, arguments: TrainingArguments, accelerator: Accelerator
+    model: torch.nn.Module, of_model: LmModelArguments, arguments: TrainingArguments, accelerator: Accelerator
 ) -> Memory:
     """Return the memory of one process: what the strategy does not cut, every process holds."""
     weights = gradients = 0.0
     states: float | None = 0.0
-    quantized = _quantized(model) if lora.load_in_4bit else set()
+    quantized = _quantized(model) if of_model.load_in_4bit else set()
     is_mixed_zero = accelerator.distributed_type == DistributedType.DEEPSPEED and (arguments.bf16 or arguments.fp16)
     for param in model.parameters():
         size = 2 if is_mixed_zero else param.element_size()
         is_small = id(param) in quantized
-        weights += param.numel() * (_BYTES_OF_4_BITS[lora.bnb_4bit_use_double_quant] if is_small else size)
+        weights += param.numel() * (_BYTES_OF_4_BITS[of_model.use_bnb_nested_quant] if is_small else size)
         if param.requires_grad:
             gradients += param.numel() * size
             each = states_per_number(arguments, torch.float32 if is_mixed_zero else param.dtype)

@@ -5,9 +5,10 @@ from typing import Any
 from peft import TaskType
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from recipes.support import classification, encoder_demo, models, records, reporting
-from recipes.support.arguments import DEMO, ClassifyDataArguments, LoraArguments, ModelArguments
+from recipes.support import classification, encoder_demo, heads, models, records, reporting
+from recipes.support.arguments import DEMO, ClassifyDataArguments, ModelArguments
 from recipes.support.errors import RecipeError
+from recipes.support.splits import present
 
 
 def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> dict[str, records.Records]:
@@ -28,28 +29,23 @@ def load_splits(data: ClassifyDataArguments, arguments: TrainingArguments) -> di
             if num_left_out:
                 reporting.warn(f"{num_left_out} records held out have a label that no training record has: left out")
         test = records.load_file(data.test_file) if data.test_file else None
-    splits = {"train": train, "validation": validation, "test": test}
-    present = {name: split for name, split in splits.items() if split is not None}
-    for split in present.values():
-        classification.check_records(split, data)
-    if arguments.eval_strategy != "no" and validation is None:
-        raise RecipeError(
-            "eval_strategy needs data: give --validation_file, or --validation_fraction 0.1 to hold out."
-        )
-    if len(present) == 1:
-        raise RecipeError("nothing to measure on: give --test_file, --validation_file or --validation_fraction.")
-    return present
+    return present(
+        train, validation, test, lambda split: classification.check_records(split, data),
+        evaluates=arguments.eval_strategy != "no", named="file",
+    )  # fmt: skip
 
 
-def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: list[str]) -> tuple[Any, Any]:
+def load_encoder(model_arguments: ModelArguments, names: list[str]) -> tuple[Any, Any]:
     """Return the tokenizer and the model, with its adapter unless training is full.
 
     Raises:
         RecipeError: the model cannot be loaded, or an adapter was asked for on the untrained demo encoder.
     """
     if model_arguments.model_name_or_path == DEMO:
-        if not lora.full:
-            raise RecipeError("the demo encoder starts from random weights, which an adapter cannot mend: add --full.")
+        if model_arguments.use_peft:
+            raise RecipeError(
+                "the demo encoder starts from random weights, which an adapter cannot mend: drop --use_peft."
+            )
         train, _, _ = encoder_demo.demo_records()
         tokenizer = encoder_demo.build_tokenizer(list(train.dataset["text"]))
         return tokenizer, encoder_demo.build_encoder(tokenizer, names)
@@ -58,9 +54,9 @@ def load_encoder(model_arguments: ModelArguments, lora: LoraArguments, names: li
     config.label2id = {name: index for index, name in enumerate(names)}
     config.pad_token_id = tokenizer.pad_token_id
     model = models.load_model(
-        AutoModelForSequenceClassification, model_arguments, config=config, new_head=True, lora=lora
+        AutoModelForSequenceClassification, model_arguments, config=config, new_head=True, quantize=True
     )
-    return tokenizer, models.add_adapter(model, lora, TaskType.SEQ_CLS)
+    return tokenizer, heads.add_adapter(model, model_arguments, TaskType.SEQ_CLS)
 
 
 def encode_splits(

@@ -9,6 +9,10 @@ class RecipeError(Exception):
     """Something the user can mend: the message says what was wrong, with the value, and what to do."""
 
 
+class NothingToDo(Exception):
+    """What was asked for is there already: the message says where."""
+
+
 def exit_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap a `main` so that a RecipeError, or Ctrl-C before training, ends in one line instead of a traceback."""
 
@@ -19,6 +23,9 @@ def exit_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
         except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except NothingToDo as reason:
+            print(reason)
+            return 0
         except KeyboardInterrupt:
             print("interrupted outside training: no checkpoint was written", file=sys.stderr)
             return 130

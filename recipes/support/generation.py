@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from recipes.support.completion import IGNORED
+from recipes.support.encoding import IGNORED
 
 _MAX_NEW_TOKENS = 40
 # Of a plain text, which has no prompt, this share is given and the rest is to be written.

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 
 from recipes.support import reporting
+from recipes.support.arguments import LmModelArguments
 from recipes.support.errors import RecipeError
 
 _TEMPLATE = """---
@@ -81,25 +82,25 @@ def write_model_card(
         output_dir: of the run.
         facts: what `reporting.describe_run` returned.
         metrics: of training and evaluation.
-        arguments: of the run: run, model, data, adapter and training, one group a dataclass.
+        arguments: of the run: run, model, data and training, one group a dataclass.
         source: of the records, as `records.Records` names it.
     """
-    _, model, data, lora, training = arguments
+    _, model, data, training = arguments
     name, is_local = model.model_name_or_path, Path(model.model_name_or_path).is_dir()
-    settings = _settings(training) | ({} if lora.full else _adapter_settings(lora))
-    if data.packing:
-        settings["packing"] = f"rows of {data.max_length} tokens"
+    settings = _settings(training) | (_adapter_settings(model) if model.has_adapter else {})
+    if getattr(training, "packing", False):
+        settings["packing"] = f"rows of {training.max_length} tokens"
     card = ModelCard.from_template(
         ModelCardData(
             base_model=None if is_local else name,
             datasets=[data.dataset_name] if data.dataset_name and "/" in data.dataset_name else None,
-            library_name="transformers" if lora.full else "peft",
+            library_name="peft" if model.has_adapter else "transformers",
             pipeline_tag="text-generation",
-            tags=["hf-tam", "torque-aware-momentum"] + ([] if lora.full else ["lora"]),
+            tags=["hf-tam", "torque-aware-momentum"] + (["lora"] if model.has_adapter else []),
         ),
         template_str=_TEMPLATE,
         title=(training.hub_model_id or output_dir.absolute().name).split("/")[-1],
-        what="Full fine-tuning" if lora.full else "A LoRA adapter",
+        what="A LoRA adapter" if model.has_adapter else "Full fine-tuning",
         base=Path(name).name if is_local else name,
         source=Path(source).name if Path(source).is_file() else source,
         optimizer=facts["optimizer"],
@@ -122,15 +123,17 @@ def _settings(training: TrainingArguments) -> dict[str, Any]:
     return settings
 
 
-def _adapter_settings(lora: Any) -> dict[str, Any]:
-    shown = {name: getattr(lora, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
-    shown["lora_target_modules"] = " ".join(f"`{target}`" for target in lora.lora_target_modules)
-    for name in ("modules_to_save", "use_dora", "use_rslora", "loraplus_lr_ratio"):
-        if value := getattr(lora, name):
+def _adapter_settings(model: LmModelArguments) -> dict[str, Any]:
+    if model.adapter_name_or_path:
+        return {"continues": Path(model.adapter_name_or_path).name}
+    shown = {name: getattr(model, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    names = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "init_lora_weights")
+    for name in (*names, "use_dora", "use_rslora", "loraplus_lr_ratio"):
+        if value := getattr(model, name):
             shown[name] = " ".join(value) if isinstance(value, list) else value
-    if lora.load_in_4bit:
-        double = ", double quantisation" if lora.bnb_4bit_use_double_quant else ""
-        shown["base"] = f"4 bits, {lora.bnb_4bit_quant_type}{double}"
+    if model.load_in_4bit:
+        double = ", double quantisation" if model.use_bnb_nested_quant else ""
+        shown["base"] = f"4 bits, {model.bnb_4bit_quant_type}{double}"
     return shown
 
 

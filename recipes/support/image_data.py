@@ -1,5 +1,6 @@
 """Images and their classes: the embedded digits, folders, or a dataset, as tensors."""
 
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from recipes.support import records, reporting
 from recipes.support.arguments import DEMO
 from recipes.support.errors import RecipeError
 from recipes.support.records import Records
+from recipes.support.splits import present
 from recipes.support.task_arguments import VisionDataArguments
 
 _SPLIT_SEED = 0
@@ -46,20 +48,11 @@ def load_splits(data: VisionDataArguments, *, seed: int, evaluates: bool) -> tup
     else:
         train, validation = _load_named(data, seed=seed)
         test = load_folder(data.test_folder) if data.test_folder else None
-    splits = {"train": train, "validation": validation, "test": test}
-    present = {name: split for name, split in splits.items() if split is not None}
     names = list(train.dataset.features["label"].names)
     if len(names) < 2:
         raise RecipeError(f"{train.source} has the single class {names[0]!r}: nothing to tell apart.")
-    for split in present.values():
-        _check(split, names)
-    if evaluates and validation is None:
-        raise RecipeError(
-            "eval_strategy needs data: give --validation_folder, or --validation_fraction 0.1 to hold out."
-        )
-    if len(present) == 1:
-        raise RecipeError("nothing to measure on: give --test_folder, --validation_folder or --validation_fraction.")
-    return present, names
+    check = functools.partial(_check, names=names)
+    return present(train, validation, test, check, evaluates=evaluates, named="folder"), names
 
 
 def demo_records() -> tuple[Records, Records, Records]:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end training after the current step, with a checkpoint."""
 
+import os
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Interruption:
-    """Notes the first SIGINT or SIGTERM; a second one kills the process as usual.
+    """Notes the first SIGINT or SIGTERM, and says so at once; a second one kills the process as usual.
 
     Attributes:
         agreed: the number of the signal for which all processes agreed to stop, or 0. A signal after the last step
@@ -52,6 +53,10 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         self.restore_handlers()
+        if os.environ.get("RANK", "0") == "0":
+            # print may be what was interrupted.
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: stopping after this step, with a checkpoint; again to abort\n".encode())
 
 
 def announce_stop(number: int, *, num_steps: int, of: int, outcome: str) -> None:

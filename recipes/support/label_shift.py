@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
-from recipes.support import image_data, reporting
+from recipes.support import image_data, outcome, reporting
 
 
 class Labels:
@@ -57,6 +57,7 @@ def train_through(trainer: Trainer, labels: Labels, splits: dict[str, Any]) -> d
     for task in range(len(labels.tables)):
         trainer.data_collator = labels.collator(task)
         trainer.train()
+        outcome.require_learning(trainer)
         trainer.data_collator = labels.collator(0)
         for name, split in splits.items():
             prediction = trainer.predict(split)

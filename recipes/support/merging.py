@@ -4,16 +4,18 @@ import argparse
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from recipes.support import models, reporting
-from recipes.support.arguments import LoraArguments, SftModelArguments, SftRunArguments
+from recipes.support import models, quantization, reporting
+from recipes.support.arguments import LmModelArguments, SftRunArguments
 from recipes.support.checkpoints import wants_resume
 from recipes.support.errors import RecipeError
 from recipes.support.output import RESULTS_NAME, naming_a_full_disk
@@ -56,16 +58,18 @@ def _scan(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return scanner.parse_known_args(argv)
 
 
-def is_all_to_do(run: SftRunArguments, lora: LoraArguments, arguments: Any) -> bool:
+def is_all_to_do(run: SftRunArguments, model: LmModelArguments, arguments: Any) -> bool:
     """Whether the run is finished and only to be merged: nobody asked to repeat or to continue it.
 
     Raises:
         RecipeError: there is no adapter to merge.
     """
-    if run.merge and lora.full:
-        raise RecipeError("merge: full trains no adapter, the result is one model already: drop merge.")
     wanted = run.overwrite or wants_resume(arguments.resume_from_checkpoint)
-    return run.merge and not wanted and is_finished(Path(arguments.output_dir))
+    if run.merge and not wanted and is_finished(Path(arguments.output_dir)):
+        return True
+    if run.merge and not model.has_adapter:
+        raise RecipeError("merge: without use_peft the result is one model already: drop merge.")
+    return False
 
 
 def merge(output_dir: Path) -> int:
@@ -81,39 +85,71 @@ def merge(output_dir: Path) -> int:
         RecipeError: base or adapter cannot be loaded, or the result does not give the same logits.
     """
     unset_hf_deepspeed_config()  # else every process would have to load its part
-    model_arguments, lora = _arguments_of_the_run(output_dir)
+    model_arguments = _arguments_of_the_run(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    base = models.load_model(AutoModelForCausalLM, model_arguments, lora=lora)
+    base = models.load_model(AutoModelForCausalLM, model_arguments, quantize=True)
     expected = _logits(PeftModel.from_pretrained(base, output_dir), tokenizer)
-    if lora.load_in_4bit:
-        base = models.load_model(AutoModelForCausalLM, model_arguments, lora=lora).dequantize()
+    if quantization.is_quantized(base):
+        base = models.load_model(AutoModelForCausalLM, model_arguments, quantize=True).dequantize()
     else:
         base = models.load_model(AutoModelForCausalLM, model_arguments)
     merged = PeftModel.from_pretrained(base, output_dir).merge_and_unload(safe_merge=True)
-    partial = output_dir / f"{MERGED_NAME}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    with naming_a_full_disk(output_dir):
-        merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    del base, merged
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype="auto")
-    difference = _compare(expected, _logits(reloaded, tokenizer), TOLERANCE[reloaded.dtype], partial)
-    shutil.rmtree(output_dir / MERGED_NAME, ignore_errors=True)
-    partial.rename(output_dir / MERGED_NAME)
-    reporting.announce(
-        f"merged: {output_dir / MERGED_NAME}; on {len(_TEXTS)} prompts the logits differ from those of base and"
-        f" adapter by {difference:.1e} of the largest at most (allowed: {TOLERANCE[reloaded.dtype]:.0e})"
+    if (output_dir / GENERATION_CONFIG_NAME).is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(output_dir)
+    save_checked(
+        merged, tokenizer, output_dir, AutoModelForCausalLM, lambda model: _logits(model, tokenizer), expected
     )
     return 0
 
 
-def _arguments_of_the_run(output_dir: Path) -> tuple[SftModelArguments, LoraArguments]:
+def save_checked(
+    merged: Any,
+    processor: Any,
+    output_dir: Path,
+    auto_class: Any,
+    logits_of: Callable[[Any], list[torch.Tensor]],
+    expected: list[torch.Tensor],
+) -> None:
+    """Save a merged model as output_dir/merged, if what is loaded from there gives the logits of base and adapter.
+
+    Args:
+        merged: the model.
+        processor: its tokenizer or image processor.
+        output_dir: of the run.
+        auto_class: loads it.
+        logits_of: returns a model's logits for some inputs.
+        expected: those of base and adapter.
+
+    Raises:
+        RecipeError: the logits differ; nothing is left.
+    """
+    partial = output_dir / f"{MERGED_NAME}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with naming_a_full_disk(output_dir):
+        merged.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    reloaded = auto_class.from_pretrained(partial, dtype="auto")
+    difference = _compare(expected, logits_of(reloaded), TOLERANCE[reloaded.dtype], partial)
+    shutil.rmtree(output_dir / MERGED_NAME, ignore_errors=True)
+    partial.rename(output_dir / MERGED_NAME)
+    reporting.announce(
+        f"merged: {output_dir / MERGED_NAME}; on {len(expected)} inputs the logits differ from those of base and"
+        f" adapter by {difference:.1e} of the largest at most (allowed: {TOLERANCE[reloaded.dtype]:.0e})"
+    )
+
+
+def _arguments_of_the_run(output_dir: Path) -> LmModelArguments:
     """Return how the base was loaded; by the adapter's own word for where it is, which holds from any folder."""
     settings = json.loads((output_dir / RESULTS_NAME).read_text(encoding="utf-8"))["settings"]
-    model, lora = (settings[name] for name in ("SftModelArguments", "LoraArguments"))
-    model["model_name_or_path"] = PeftConfig.from_pretrained(output_dir).base_model_name_or_path
-    known = {field.name for field in dataclasses.fields(LoraArguments)}
-    return SftModelArguments(**model), LoraArguments(**{key: lora[key] for key in lora if key in known})
+    if LmModelArguments.__name__ not in settings:
+        raise RecipeError(
+            f"merge: the run in {output_dir} was made by an earlier version, whose arguments had other names: merge it"
+            " by that version, or by peft's merge_and_unload."
+        )
+    known = {field.name for field in dataclasses.fields(LmModelArguments)}
+    named = {name: value for name, value in settings[LmModelArguments.__name__].items() if name in known}
+    named["model_name_or_path"] = PeftConfig.from_pretrained(output_dir).base_model_name_or_path
+    return LmModelArguments(**named)
 
 
 def _logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_tam.integrations.peft import find_wrapped_adapters
 from recipes.support import adapters, quantization
-from recipes.support.arguments import LoraArguments, ModelArguments
+from recipes.support.arguments import ModelArguments
 from recipes.support.errors import RecipeError
 
 
@@ -47,52 +47,59 @@ def load_model(
     config: PreTrainedConfig | None = None,
     new_head: bool = False,
     tp_size: int = 1,
-    lora: LoraArguments | None = None,
+    quantize: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a model by one of transformers' Auto classes.
 
     Args:
         auto_class: for example AutoModelForCausalLM.
-        arguments: the name, revision and dtype.
+        arguments: the name, revision, dtype and attention.
         config: the model's configuration, where it is not to be the one it was saved with.
         new_head: whether weights whose shape `config` alters start afresh, which transformers lists in a warning.
         tp_size: over how many processes the weights are cut; each loads its own part.
-        lora: where it says so, the weights are held in 4 bits.
+        quantize: whether 4 or 8 bits are taken where `arguments` ask for them.
+        options: what `from_pretrained` takes besides.
 
     Raises:
-        RecipeError: it is neither a folder nor to be had from the hub, or cannot be held in 4 bits.
+        RecipeError: it is neither a folder nor to be had from the hub, or cannot be quantised.
     """
-    options: dict[str, Any] = {} if config is None else {"config": config}
+    if config is not None:
+        options["config"] = config
     if tp_size > 1:
         from transformers import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(tp_size=tp_size)
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    if lora is not None and lora.load_in_4bit:
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32")
+    if quantize and quantization.is_asked_for(arguments):
         computed = getattr(load_config(arguments), "dtype", None) if dtype == "auto" else dtype
-        options |= quantization.load_options(lora, computed or torch.float32, tp_size=tp_size)
+        options |= quantization.load_options(arguments, computed or torch.float32, tp_size=tp_size)
     model = _load(auto_class, arguments, dtype=dtype, ignore_mismatched_sizes=new_head, **options)
     quantization.keep_layout(model)
     return model
 
 
-def add_adapter(model: PreTrainedModel, arguments: LoraArguments, task: TaskType | None) -> Any:
-    """Put a LoRA adapter on `model`, or return it as it is for full fine-tuning.
+def add_adapter(model: PreTrainedModel, arguments: ModelArguments, task: TaskType | None) -> Any:
+    """Put a new LoRA adapter on `model`, or return it as it is where every weight is trained.
 
     Raises:
-        RecipeError: the model has no layer of the names given.
+        RecipeError: the model has no layer of the names given, or is not quantised although that was asked for.
     """
-    if arguments.full:
+    if not arguments.use_peft:
         return model
-    if arguments.load_in_4bit and not quantization.is_quantized(model):
+    if quantization.is_asked_for(arguments) and not quantization.is_quantized(model):
         raise RecipeError("load_in_4bit: this recipe does not load its model in 4 bits: drop it.")
     find_wrapped_adapters()
     config = adapters.make_config(model, arguments, task)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        targets = " ".join(arguments.lora_target_modules)
-        raise RecipeError(f"lora_target_modules = {targets}: {' '.join(str(error).split())}") from error
+        raise RecipeError(
+            f"lora_target_modules = {arguments.lora_target_modules}: {' '.join(str(error).split())}"
+            f" ({adapters.ALL_LINEAR}: every linear layer but the output layer)"
+        ) from error
 
 
 def require_weights(folder: Path) -> None:

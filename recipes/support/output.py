@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,14 +96,8 @@ def metrics_path(run: RunArguments, output_dir: Path) -> Path:
 
 
 @contextmanager
-def naming_a_full_disk(
-    output_dir: Path, find_newest: Callable[[Path], Path | None] = last_complete_checkpoint
-) -> Iterator[None]:
+def naming_a_full_disk(output_dir: Path) -> Iterator[None]:
     """Name a full or vanished disk, which torch reports as an internal error of its zip writer.
-
-    Args:
-        output_dir: of the run.
-        find_newest: returns the newest complete checkpoint in a directory, or None; by default the Trainer's.
 
     Raises:
         RecipeError: something failed, and nothing can be written to `output_dir` any more.
@@ -114,7 +108,7 @@ def naming_a_full_disk(
         try:
             check_writable(output_dir)
         except RecipeError as cause:
-            complete = find_newest(output_dir)
+            complete = last_complete_checkpoint(output_dir)
             remedy = f"make room and resume from {complete}" if complete else "no checkpoint had been written"
             raise RecipeError(f"{cause} The run stopped: {remedy}.") from error
         raise

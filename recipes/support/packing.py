@@ -1,19 +1,18 @@
-"""Several short records in one row, so that little of a batch is padding; no record attends to another.
+"""Several short records in one row, by TRL; no record attends to another.
 
 A row starts counting positions anew with each record, and has no attention mask: transformers then builds a mask with
 one block a record (`find_packed_sequence_indices` in transformers/masking_utils.py), and FlashAttention takes the
 boundaries from the positions. Not every model goes by that, so it is tried out before training.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, pack_dataset
 
-from recipes.support.completion import IGNORED
+from recipes.support import parallel, reporting
 from recipes.support.errors import RecipeError
 
 # As a share of the largest logit. Other neighbours of the same length change nothing at all in the same kernels; a
@@ -22,59 +21,38 @@ _TOLERANCE = 1e-3
 _PROBED_TOKENS = 12
 
 
-def pack(encoded: Dataset, max_length: int) -> Dataset:
-    """Put records together into rows of at most `max_length` tokens, each where it leaves the least room.
+def pack(encoded: Dataset, arguments: SFTConfig) -> Dataset:
+    """Put records together into rows of `max_length` tokens, by `packing_strategy`.
 
     Args:
-        encoded: as `completion.encode_records` returns it, no record longer than `max_length`.
-        max_length: of a row.
+        encoded: `input_ids` and `labels`, no record longer than `max_length`.
+        arguments: of the run.
 
     Returns:
-        A dataset of `input_ids`, `labels` and `position_ids`, not padded. The first label of a record is no target:
-        nothing predicts it.
+        A dataset of `input_ids`, `labels` and `seq_lengths`, as TRL's collator takes it.
+
+    Raises:
+        RecipeError: there is no `max_length`.
     """
-    return Dataset.from_list(
-        [_join([encoded[index] for index in row]) for row in assign(lengths(encoded), max_length)]
-    )
+    if arguments.max_length is None:
+        raise RecipeError("packing fills rows of max_length tokens, and there is none: give --max_length.")
+    packed = pack_dataset(encoded, arguments.max_length, arguments.packing_strategy)
+    reporting.announce(f"packing: {len(encoded)} records in {len(packed)} rows of up to {arguments.max_length} tokens")
+    return packed
 
 
-def lengths(encoded: Dataset) -> list[int]:
-    """Return how many tokens each record has."""
-    return [len(ids) for ids in encoded["input_ids"]]
+def watch_separation(trainer: Trainer) -> None:
+    """Try out that the model keeps packed records apart: now, or where it is cut, once it is in place.
 
-
-def assign(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Assign records to rows by best fit, the longest first; the result depends on the sizes alone.
-
-    Returns:
-        For each row, the indices of its records in ascending order.
+    Raises:
+        RecipeError: it does not keep them apart.
     """
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left, and in which row; ascending
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        position = bisect_left(room, (sizes[index], -1))
-        left, row = room.pop(position) if position < len(room) else (capacity, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        insort(room, (left - sizes[index], row))
-    return [sorted(row) for row in rows]
-
-
-class PackedCollator:
-    """Pads rows to the longest; a padding token is a record of its own, without a target."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        """Pad with `pad_token_id`."""
-        self._padding = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0}
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return one tensor (batch, time) a column."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        return {
-            name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
-            for name, value in self._padding.items()
-        }
+    if trainer.args.packing_strategy == "wrapped":
+        reporting.warn("packing_strategy wrapped cuts records anywhere and lets them see each other; bfd does not")
+    elif parallel.is_whole(trainer.accelerator):
+        require_separation(trainer.model, trainer.model.config)
+    else:
+        trainer.add_callback(SeparationCheck())
 
 
 class SeparationCheck(TrainerCallback):
@@ -132,12 +110,3 @@ def _influence_of_the_neighbour(model: Any, vocabulary_size: int) -> float:
         logits = model(input_ids=rows, position_ids=positions).logits[:, _PROBED_TOKENS:].float()
     largest = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((logits[0] - logits[1]).abs().max() / largest)
-
-
-def _join(records: list[dict[str, list[int]]]) -> dict[str, list[int]]:
-    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for record in records:
-        row["input_ids"] += record["input_ids"]
-        row["labels"] += [IGNORED, *record["labels"][1:]]
-        row["position_ids"] += range(len(record["input_ids"]))
-    return row

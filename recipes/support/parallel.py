@@ -6,12 +6,10 @@ import torch
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from packaging.version import Version
-from peft import PeftModel
-from peft.utils.other import fsdp_auto_wrap_policy
 from transformers import PreTrainedConfig
 
 from recipes.support.adapters import is_pattern
-from recipes.support.arguments import LoopArguments, LoraArguments, SftModelArguments
+from recipes.support.arguments import LmModelArguments
 from recipes.support.errors import RecipeError
 from recipes.support.reporting import warn
 
@@ -19,7 +17,7 @@ from recipes.support.reporting import warn
 _TRANSFORMERS_WITH_TENSOR_PARALLEL_ADAPTERS = Version("5.17.0")
 
 
-def tensor_parallel_size(arguments: SftModelArguments) -> int:
+def tensor_parallel_size(arguments: LmModelArguments) -> int:
     """Return how many processes share one model: `--tp_size`, else what the accelerate configuration says, else 1.
 
     Raises:
@@ -37,12 +35,12 @@ def tensor_parallel_size(arguments: SftModelArguments) -> int:
     return size
 
 
-def require_tensor_parallel(config: PreTrainedConfig, lora: LoraArguments, *, saves_state: bool) -> None:
+def require_tensor_parallel(config: PreTrainedConfig, arguments: LmModelArguments, *, saves_state: bool) -> None:
     """Refuse, before weights are loaded, what cannot work with a model cut by tensor parallelism.
 
     Args:
         config: of the model.
-        lora: which layers get an adapter.
+        arguments: which layers get an adapter.
         saves_state: whether the run writes checkpoints that hold the optimizer.
 
     Raises:
@@ -65,21 +63,24 @@ def require_tensor_parallel(config: PreTrainedConfig, lora: LoraArguments, *, sa
             "under tensor parallelism the optimizer cannot be saved, so a run cannot be continued: give"
             " --save_strategy no (the result is saved all the same)."
         )
-    if not lora.full:
-        if is_pattern(lora.lora_target_modules):
+    if arguments.use_peft:
+        if is_pattern(arguments.lora_target_modules):
             raise RecipeError("lora_target_modules: under tensor parallelism give names, not a regular expression.")
-        _require_column_wise(plan, lora.lora_target_modules)
+        _require_column_wise(plan, arguments.lora_target_modules)
 
 
-def _require_column_wise(plan: dict[str, str], targets: list[str]) -> None:
+def _require_column_wise(plan: dict[str, str], targets: list[str] | str | None) -> None:
     """Refuse adapters on layers cut by rows: their gradient is wrong in shape (peft 0.21, transformers 5.23)."""
     styles = {name.rsplit(".", 1)[-1]: style for name, style in plan.items()}
-    named = list(styles) if targets == ["all-linear"] else [target.rsplit(".", 1)[-1] for target in targets]
+    if targets is None:
+        return  # peft's choice, attention alone in the models it knows
+    names = [targets] if isinstance(targets, str) else targets
+    named = list(styles) if names == ["all-linear"] else [target.rsplit(".", 1)[-1] for target in names]
     refused = [name for name in named if styles.get(name, "colwise") != "colwise"]
     if refused:
         possible = " ".join(name for name, style in styles.items() if style == "colwise")
         raise RecipeError(
-            f"lora_target_modules = {' '.join(targets)}: under tensor parallelism there can be no adapter on"
+            f"lora_target_modules = {' '.join(names)}: under tensor parallelism there can be no adapter on"
             f" {', '.join(refused)}, whose weights are not cut by columns: give --lora_target_modules {possible}"
         )
 
@@ -154,33 +155,6 @@ def keep_all_copies(accelerator: Accelerator) -> None:
     """
     if is_tensor_parallel(accelerator):
         accelerator.gather_for_metrics = accelerator.gather
-
-
-def num_copies(accelerator: Accelerator) -> int:
-    """Return how many processes see the same batch; what they count must be divided by it."""
-    return int(accelerator.parallelism_config.tp_size) if is_tensor_parallel(accelerator) else 1
-
-
-def sum_of_replicas(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a number over the processes, each batch counted once.
-
-    Communication: one gather.
-    """
-    return accelerator.gather(value.reshape(1)).sum() / num_copies(accelerator)
-
-
-def configure_plugins(accelerator: Accelerator, model: torch.nn.Module, arguments: LoopArguments) -> None:
-    """Tell FSDP1 and DeepSpeed, before they get the model, what the Trainer would tell them."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "gradient_clipping": arguments.max_grad_norm,
-            "train_micro_batch_size_per_gpu": arguments.per_device_train_batch_size,
-        }
-    elif accelerator.distributed_type == DistributedType.FSDP and isinstance(model, PeftModel):
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version == 1:
-            # An adapter beside frozen weights in one flat parameter would cost the memory of their gradients.
-            plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
 
 
 def leave_embeddings_apart(accelerator: Accelerator, model: torch.nn.Module) -> None:

@@ -8,18 +8,17 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support.arguments import (
     ClassifyDataArguments,
-    LoopArguments,
-    LoraArguments,
+    LmModelArguments,
     ModelArguments,
+    PreferenceDataArguments,
     RunArguments,
     SftDataArguments,
-    SftModelArguments,
     SftRunArguments,
 )
 from recipes.support.config import CONFIGS, RecipeParser, precision_of_the_launch
 from recipes.support.task_arguments import (
+    ClassifierRunArguments,
     DomainArguments,
-    PreferenceDataArguments,
     Seq2SeqDataArguments,
     ShiftArguments,
     VisionDataArguments,
@@ -30,7 +29,6 @@ DEMO_CONFIGS = {
     "classify": CONFIGS / "demo" / "classify.yaml",
     "domains": CONFIGS / "demo" / "domains.yaml",
     "dpo": CONFIGS / "demo" / "dpo-lora.yaml",
-    "no_trainer": CONFIGS / "demo" / "no-trainer-lora.yaml",
     "seq2seq": CONFIGS / "demo" / "seq2seq.yaml",
     "sft": CONFIGS / "demo" / "sft-lora.yaml",
     "shift": CONFIGS / "demo" / "shift.yaml",
@@ -42,7 +40,7 @@ def classify() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     return _parser(
         "classify",
-        [RunArguments, ModelArguments, ClassifyDataArguments, LoraArguments, TrainingArguments],
+        [ClassifierRunArguments, ModelArguments, ClassifyDataArguments, TrainingArguments],
         "Fine-tune an encoder for text classification. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.1,
@@ -54,7 +52,7 @@ def domains() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     return _parser(
         "domains",
-        [RunArguments, ModelArguments, ClassifyDataArguments, DomainArguments, LoraArguments, TrainingArguments],
+        [RunArguments, ModelArguments, ClassifyDataArguments, DomainArguments, TrainingArguments],
         "Train a text classifier through a sequence of domains. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         lr_scheduler_type="constant",
@@ -63,32 +61,13 @@ def domains() -> RecipeParser:
 
 
 def dpo() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
+    """Return the parser of every argument; those of TRL have TRL's defaults."""
     from trl import DPOConfig  # which only this recipe needs
 
     return _parser(
         "dpo",
-        [RunArguments, ModelArguments, PreferenceDataArguments, LoraArguments, DPOConfig],
+        [SftRunArguments, LmModelArguments, PreferenceDataArguments, DPOConfig],
         "Teach a causal language model preferences by DPO. Without arguments: the embedded demo.",
-        learning_rate=5e-5,
-        warmup_steps=0.1,
-        eval_strategy="epoch",
-        eval_on_start=True,
-        save_strategy="epoch",
-        save_total_limit=2,
-        ddp_find_unused_parameters=False,
-        # As in the other recipes, and not as in TRL, these are off until they are asked for.
-        bf16=False,
-        gradient_checkpointing=False,
-    )
-
-
-def no_trainer() -> RecipeParser:
-    """Return the parser of every argument."""
-    return RecipeParser(
-        [RunArguments, SftModelArguments, SftDataArguments, LoraArguments, LoopArguments],
-        prog="no_trainer.py",
-        description="Fine-tune a causal language model in a hand-written loop. Without arguments: the embedded demo.",
     )
 
 
@@ -96,7 +75,7 @@ def seq2seq() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     return _parser(
         "seq2seq",
-        [RunArguments, ModelArguments, Seq2SeqDataArguments, LoraArguments, Seq2SeqTrainingArguments],
+        [RunArguments, ModelArguments, Seq2SeqDataArguments, Seq2SeqTrainingArguments],
         "Fine-tune a T5-style model on sources and targets. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.05,
@@ -106,18 +85,13 @@ def seq2seq() -> RecipeParser:
 
 
 def sft() -> RecipeParser:
-    """Return the parser of every argument, with this recipe's defaults."""
+    """Return the parser of every argument; those of TRL have TRL's defaults."""
+    from trl import SFTConfig  # which only this recipe needs
+
     return _parser(
         "sft",
-        [SftRunArguments, SftModelArguments, SftDataArguments, LoraArguments, TrainingArguments],
+        [SftRunArguments, LmModelArguments, SftDataArguments, SFTConfig],
         "Fine-tune a causal language model on your records. Without arguments: the embedded demo.",
-        learning_rate=2e-4,
-        warmup_steps=0.05,
-        eval_strategy="epoch",
-        eval_on_start=True,
-        save_strategy="epoch",
-        save_total_limit=2,
-        ddp_find_unused_parameters=False,
     )
 
 
@@ -138,7 +112,7 @@ def vision() -> RecipeParser:
     """Return the parser of every argument, with this recipe's defaults."""
     return _parser(
         "vision",
-        [RunArguments, VisionModelArguments, VisionDataArguments, LoraArguments, TrainingArguments],
+        [ClassifierRunArguments, VisionModelArguments, VisionDataArguments, TrainingArguments],
         "Fine-tune an image classifier. Without arguments: the embedded demo.",
         learning_rate=1e-3,
         warmup_steps=0.1,
@@ -157,9 +131,15 @@ def _parser(name: str, kinds: list[Any], description: str, **defaults: Any) -> R
 
 
 def _defaults_of_the_machine() -> dict[str, bool]:
-    """Return what is pinned and rounded where nothing is said of it."""
+    """Return what is pinned, rounded and trained on where nothing is said of it."""
     try:
         torch = importlib.import_module("torch")
     except ImportError:  # kept out where arguments are only read, which is not what this default is for
         return precision_of_the_launch()
-    return {"dataloader_pin_memory": torch.cuda.is_available(), **precision_of_the_launch()}
+    has_accelerator = torch.accelerator.is_available()
+    # TRL trains in bfloat16 unless told otherwise, which transformers refuses where there is no GPU, but for use_cpu.
+    return {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not has_accelerator,
+        **precision_of_the_launch(),
+    }

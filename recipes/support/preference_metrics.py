@@ -20,14 +20,16 @@ def completion_log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return (chosen * batch["completion_mask"][:, 1:]).sum(dim=1)
 
 
-def preference_accuracy(trainer: Any) -> float:
+def preference_accuracy(trainer: Any) -> float | None:
     """Return in what share of the evaluation pairs the model finds the chosen completion likelier than the other.
 
-    Unlike TRL's reward accuracy, which compares with the reference and so is 0 before the first step, this says what
-    the model prefers by itself.
+    None where nothing is evaluated. TRL's reward accuracy compares with the reference and so is 0 before the first
+    step; this says what the model prefers by itself.
 
     Communication: with several processes, one gather a batch.
     """
+    if trainer.eval_dataset is None:
+        return None
     model, outcomes = trainer.model, []
     was_training = model.training
     model.eval()
@@ -35,14 +37,26 @@ def preference_accuracy(trainer: Any) -> float:
         for batch in trainer.get_eval_dataloader():
             # TRL's batches hold the chosen completions first, then the rejected ones in the same order.
             chosen, rejected = completion_log_probs(model, batch).chunk(2)
-            outcomes.append(trainer.accelerator.gather((chosen > rejected).float()))
+            outcomes.append(trainer.accelerator.gather_for_metrics((chosen > rejected).float()))
     model.train(was_training)
     return float(torch.cat(outcomes).mean())
 
 
-def first_and_last(log_history: list[dict[str, float]]) -> dict[str, float]:
-    """Return loss and rewards of the last evaluation, and with `_before` of one made before the first step."""
-    rows = [row for row in log_history if "eval_loss" in row]
+def first_and_last(trainer: Any, *, preferred_before: float | None) -> dict[str, float]:
+    """Return loss, rewards and preferences of the result, and with `_before` those before the first step.
+
+    Args:
+        trainer: after training.
+        preferred_before: what `preference_accuracy` returned before the first step.
+    """
+    if trainer.eval_dataset is None:
+        return {}
+    history = trainer.state.log_history
+    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):
+        trainer.evaluate()
+    rows = [row for row in history if "eval_loss" in row]
     before = {f"{name}_before": value for row in rows[:1] if row["step"] == 0 for name, value in row.items()}
     values = {**before, **rows[-1]}
-    return {name: value for name, value in values.items() if name.removesuffix("_before") in _FIRST_AND_LAST}
+    measured = {name: value for name, value in values.items() if name.removesuffix("_before") in _FIRST_AND_LAST}
+    accuracy = preference_accuracy(trainer)
+    return {**measured, "eval_preference_accuracy_before": preferred_before, "eval_preference_accuracy": accuracy}

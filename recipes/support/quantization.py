@@ -1,20 +1,29 @@
-"""Frozen weights in 4 bits (QLoRA), by bitsandbytes."""
+"""Frozen weights in 4 or 8 bits (QLoRA), by bitsandbytes."""
 
+import dataclasses
 import importlib.util
 import os
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import get_quantization_config
 
-from recipes.support.arguments import LoraArguments
+from recipes.support.arguments import ModelArguments
 from recipes.support.errors import RecipeError
 
 
-def load_options(arguments: LoraArguments, dtype: torch.dtype, *, tp_size: int) -> dict[str, Any]:
-    """Return what `from_pretrained` takes besides, so that the linear layers but the output layer become 4 bits.
+def is_asked_for(arguments: ModelArguments) -> bool:
+    """Whether the frozen weights are to be in 4 or 8 bits."""
+    return arguments.load_in_4bit or arguments.load_in_8bit
+
+
+def load_options(arguments: ModelArguments, dtype: torch.dtype, *, tp_size: int) -> dict[str, Any]:
+    """Return what `from_pretrained` takes besides, so that the linear layers but the output layer are quantised.
+
+    FSDP cuts tensors of floats alone: there the 4-bit weights are kept in tensors of `dtype`.
 
     Args:
         arguments: the kind of 4 bits.
@@ -22,22 +31,23 @@ def load_options(arguments: LoraArguments, dtype: torch.dtype, *, tp_size: int) 
         tp_size: over how many processes the weights are cut.
 
     Raises:
-        RecipeError: bitsandbytes is not installed, or the launch cuts weights, which those of 4 bits cannot be.
+        RecipeError: bitsandbytes is not installed, or the launch cuts weights in a way that quantised ones cannot be.
     """
+    flag = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError("load_in_4bit needs bitsandbytes: pip install 'hf-tam[quantization]'.")
-    if strategy := _cutting_strategy(tp_size):
+        raise RecipeError(f"{flag} needs bitsandbytes: pip install 'hf-tam[quantization]'.")
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if strategy := _strategy_that_cannot(arguments, tp_size, is_fsdp=is_fsdp):
         raise RecipeError(
-            f"load_in_4bit does not work under {strategy}, which cuts the weights: launch with recipes/accelerate/"
-            "ddp.yaml, zero1.yaml or zero2.yaml, or drop load_in_4bit."
+            f"{flag} does not work under {strategy}: launch with recipes/accelerate/ddp.yaml, zero2.yaml or, for 4"
+            f" bits, fsdp2.yaml, or drop {flag}."
         )
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=arguments.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return {"quantization_config": config, "device_map": {"": PartialState().device}}
+    storage = arguments.bnb_4bit_quant_storage or (str(dtype).removeprefix("torch.") if is_fsdp else None)
+    config = get_quantization_config(dataclasses.replace(arguments, bnb_4bit_quant_storage=storage))
+    if arguments.load_in_4bit:
+        config.bnb_4bit_compute_dtype = dtype
+    # FSDP cuts the weights, and moves its pieces itself.
+    return {"quantization_config": config} | ({} if is_fsdp else {"device_map": {"": PartialState().device}})
 
 
 def keep_layout(model: PreTrainedModel) -> None:
@@ -53,14 +63,18 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether the frozen weights are in 4 bits."""
-    return bool(getattr(model, "is_loaded_in_4bit", False))
+    """Whether the frozen weights are in 4 or 8 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
-def _cutting_strategy(tp_size: int) -> str | None:
-    """Name the strategy by which the launch cuts every weight into pieces, if it does."""
+def _strategy_that_cannot(arguments: ModelArguments, tp_size: int, *, is_fsdp: bool) -> str | None:
+    """Name the strategy by which the launch cuts the weights, if bitsandbytes' cannot be cut like that.
+
+    bitsandbytes documents FSDP for 4 bits alone; DeepSpeed has no parameters of its kinds in ZeRO-3 (0.19), where
+    transformers loads and cuts each weight before it would be quantised.
+    """
     if tp_size > 1:
         return "tensor parallelism"
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    if is_fsdp and not arguments.load_in_4bit:
+        return "FSDP"
     return "ZeRO-3" if is_deepspeed_zero3_enabled() else None

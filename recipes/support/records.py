@@ -1,47 +1,71 @@
 """Records from a local file, the hub or the embedded data, and where in the file a bad one stands."""
 
-import csv
-import json
+import glob
 import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.fingerprint import Hasher
+from pyarrow import parquet
 
+from recipes.support import reading
 from recipes.support.arguments import DatasetArguments
 from recipes.support.errors import RecipeError
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# What save_to_disk leaves in a folder, of one split or of several.
+_MARKS_OF_SAVED = ("state.json", "dataset_dict.json")
 
 
 class Records:
     """One split: a dataset, and how to name its source and a place in it."""
 
     def __init__(
-        self, dataset: Dataset, source: str, *, path: Path | None = None, positions: Sequence[int] | None = None
+        self,
+        dataset: Dataset,
+        source: str,
+        *,
+        files: Sequence[tuple[Path, int]] = (),
+        positions: Sequence[int] | None = None,
     ) -> None:
-        """Wrap `dataset`, whose record i stood at `positions[i]` of the file `path`, by default at i."""
+        """Wrap `dataset`, whose record i was number `positions[i]`, by default i, of what it was loaded from.
+
+        Args:
+            dataset: the records.
+            source: what they are called in messages.
+            files: those they were loaded from, with how many records each holds.
+            positions: where they stood there.
+        """
         if len(dataset) == 0:
             raise RecipeError(f"{source} holds no records.")
         self.dataset = dataset
         self.source = source
-        self._path = path
+        self._files = files
         self._positions = positions if positions is not None else range(len(dataset))
 
     def subset(self, indices: Sequence[int]) -> "Records":
         """Return the records at `indices`; each still knows its place in the source."""
         positions = [self._positions[index] for index in indices]
-        return Records(self.dataset.select(indices), self.source, path=self._path, positions=positions)
+        return Records(self.dataset.select(indices), self.source, files=self._files, positions=positions)
 
     def locate(self, index: int) -> str:
         """Name the record at `index` for an error message, by its line where the file has lines."""
         position = self._positions[index]
-        line = None
-        if self._path is not None and self._path.suffix in _LINE_READERS:
-            line = next(islice(_LINE_READERS[self._path.suffix](self._path), position, None), None)
-        return f"{self.source}, " + (f"record {position + 1}" if line is None else f"line {line}")
+        for path, count in self._files:
+            if position < count:
+                line = reading.line_of(path, position)
+                name = self.source if len(self._files) == 1 else path
+                return f"{name}, " + (f"record {position + 1}" if line is None else f"line {line}")
+            position -= count
+        return f"{self.source}, record {position + 1}"
 
     def require_columns(self, *flags_and_columns: tuple[str, str]) -> None:
         """Check that the columns exist; each comes with the flag that names it.
@@ -70,7 +94,12 @@ def load_training_splits(data: DatasetArguments, *, seed: int) -> tuple[Records,
     if data.train_file:
         train, validation = load_file(data.train_file), None
     elif data.dataset_name:
-        train, validation = _load_from_hub(data)
+        train, validation = load_named(
+            data.dataset_name,
+            data.dataset_config,
+            train_split=data.dataset_train_split,
+            test_split=data.dataset_test_split,
+        )
     else:
         raise RecipeError(
             "no training data: give --train_file FILE or --dataset_name NAME ('demo': the embedded data)."
@@ -102,99 +131,107 @@ def at_most(records: Records, count: int | None, *, seed: int) -> Records:
     return records.subset(random.Random(seed).sample(range(len(records.dataset)), count))
 
 
-def load_file(name: str) -> Records:
-    """Load a local file with datasets.
+def load_file(names: str | Sequence[str]) -> Records:
+    """Load local files with datasets, each a path or a pattern such as data/*.jsonl, one after the other.
 
     Raises:
-        RecipeError: it is missing, empty, of an unknown format, or has a bad record, whose line is named.
+        RecipeError: one is missing, empty, of an unknown format, or has a bad record, whose line is named.
     """
+    given = [names] if isinstance(names, str) else list(names)
+    paths = [path for name in given for path in _matching(name)]
+    kinds = {reading.format_of(path) for path in paths}
+    if len(kinds) > 1:
+        raise RecipeError(f"{', '.join(given)}: files of one format are needed, not of {' and '.join(sorted(kinds))}.")
+    source = given[0] if len(paths) == 1 else f"{given[0]} and others ({len(paths)} files)"
+    if kinds == {reading.COLUMNS}:
+        dataset, counts = _load_columns(paths)
+    else:
+        features, counts = reading.survey(paths)
+        if not sum(counts):
+            raise RecipeError(f"{source} holds no records.")
+        names_of_files = [str(path) for path in paths]
+        dataset = Dataset.from_generator(
+            reading.records_of,
+            features=features,
+            gen_kwargs={"paths": names_of_files},
+            fingerprint=_fingerprint(paths, features),
+        )
+    return Records(dataset, source, files=list(zip(paths, counts, strict=True)))
+
+
+def _matching(name: str) -> list[Path]:
+    """Return the file, or those that the pattern stands for, in the order of their names."""
     path = Path(name)
-    if not path.is_file():
-        raise RecipeError(f"{name}: no such file.")
-    if path.suffix not in _FORMATS:
-        raise RecipeError(f"{name}: the format is told by the ending, which must be one of {', '.join(_FORMATS)}.")
-    if path.stat().st_size == 0:
-        raise RecipeError(f"{name} is empty.")
-    if path.suffix == ".jsonl":
-        _check_json_lines(path)
+    if path.is_dir():
+        raise RecipeError(f"{name} is a folder: name its files, for example {path / '*.jsonl'}.")
+    is_pattern = not path.is_file() and glob.has_magic(name)
+    paths = sorted(Path(found) for found in glob.glob(name, recursive=True)) if is_pattern else [path]
+    if not paths or not all(path.is_file() for path in paths):
+        raise RecipeError(f"{name}: no such file." if not is_pattern else f"{name}: no file has such a name.")
+    for path in paths:
+        reading.format_of(path)
+        if path.stat().st_size == 0:
+            raise RecipeError(f"{path} is empty.")
+    return paths
+
+
+def _load_columns(paths: list[Path]) -> tuple[Dataset, list[int]]:
     try:
-        dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        counts = [parquet.read_metadata(path).num_rows for path in paths]
+        return load_dataset("parquet", data_files=[str(path) for path in paths], split="train"), counts
     except Exception as error:  # datasets raises whatever its readers raise, wrapped or not
         cause = error.__cause__ or error
-        raise RecipeError(f"{name} cannot be read as {path.suffix[1:]}: {_first_line(cause)}") from error
-    return Records(_with_dates_as_text(dataset, path), name, path=path)
+        raise RecipeError(f"{paths[0]} cannot be read as parquet: {_first_line(cause)}") from error
 
 
-def _with_dates_as_text(dataset: Dataset, path: Path) -> Dataset:
-    """Read a JSON file again where datasets took text such as "2021-03-14" for a time, which JSON does not have."""
-    kinds = [str(getattr(feature, "dtype", "")) for feature in dataset.features.values()]
-    if not any(kind.startswith(("timestamp", "date", "time")) for kind in kinds) or "json" not in path.suffix:
-        return dataset
-    text = path.read_text(encoding="utf-8")
-    lines = [text] if path.suffix == ".json" else text.splitlines()
-    read = [json.loads(line) for line in lines if line.strip()]
-    return Dataset.from_list(read[0] if path.suffix == ".json" else read)
+def _fingerprint(paths: list[Path], features: Features) -> str:
+    """Name what datasets keeps of these files; it is made anew when a file, or the way of reading it, changes."""
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return Hasher.hash((states, str(features), Path(reading.__file__).read_bytes()))
 
 
-def _load_from_hub(data: DatasetArguments) -> tuple[Records, Records | None]:
-    name = data.dataset_name
+def load_named(
+    name: str, config: str | None = None, *, train_split: str = "train", test_split: str | None = None
+) -> tuple[Records, Records | None]:
+    """Load a dataset of the hub, a folder that holds one, or a folder that `save_to_disk` wrote.
+
+    Args:
+        name: of the dataset, or the folder.
+        config: one of its configurations.
+        train_split: what to train on; a part such as train[:1000] too.
+        test_split: what to evaluate on. By default `validation`, or else `test`, if there is one.
+
+    Raises:
+        RecipeError: it cannot be loaded, or has no such split.
+    """
     try:
-        splits = load_dataset(name, data.dataset_config_name)
+        saved = any((Path(name) / mark).is_file() for mark in _MARKS_OF_SAVED)
+        splits = load_from_disk(name) if saved else load_dataset(name, config)
     except Exception as error:  # from a missing network to a missing configuration: one line for each
         raise RecipeError(
             f"dataset '{name}' cannot be loaded: {_first_line(error)} Without a network, give a local --train_file."
         ) from error
-    if not isinstance(splits, DatasetDict) or "train" not in splits:
-        raise RecipeError(f"dataset '{name}' has no split 'train'; it has {', '.join(splits)}.")
-    validation = next((splits[split] for split in ("validation", "test") if split in splits), None)
-    train = Records(splits["train"], f"{name}[train]")
-    return train, None if validation is None else Records(validation, f"{name}[validation]")
+    if isinstance(splits, Dataset):
+        splits = DatasetDict(train=splits)
+    train = Records(_split(splits, train_split, name), f"{name}[{train_split}]")
+    # TRL's default is 'test', whether or not there is one.
+    if test_split is None or (test_split == "test" and "test" not in splits):
+        test_split = next((split for split in ("validation", "test") if split in splits), None)
+    if test_split is None:
+        return train, None
+    return train, Records(_split(splits, test_split, name), f"{name}[{test_split}]")
 
 
-def _check_json_lines(path: Path) -> None:
-    """Find what datasets would report without a line: broken JSON, and a value whose type changes."""
-    first_types: dict[str, type] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RecipeError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise RecipeError(f"{path}, line {number}: must be an object, not {type(record).__name__}.")
-            _check_types(record, first_types, f"{path}, line {number}")
-
-
-def _check_types(record: dict[str, Any], first_types: dict[str, type], place: str) -> None:
-    for key, value in record.items():
-        if value is None:
-            continue
-        kind = float if type(value) is int else type(value)
-        if kind is not first_types.setdefault(key, kind):
-            raise RecipeError(
-                f"{place}: '{key}' is of type {type(value).__name__}, in earlier records {first_types[key].__name__}."
-            )
-
-
-def _json_line_numbers(path: Path) -> Iterator[int]:
-    with path.open(encoding="utf-8") as file:
-        yield from (number for number, line in enumerate(file, start=1) if line.strip())
-
-
-def _csv_line_numbers(path: Path) -> Iterator[int]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        next(reader, None)
-        start = reader.line_num + 1
-        for row in reader:
-            if row:
-                yield start
-            start = reader.line_num + 1
-
-
-_LINE_READERS = {".jsonl": _json_line_numbers, ".csv": _csv_line_numbers}
+def _split(splits: DatasetDict, wanted: str, name: str) -> Dataset:
+    """Return a split, or the part of one that is written as datasets writes it, such as train[:10%]."""
+    if wanted in splits:
+        return splits[wanted]
+    sizes = {split: len(dataset) for split, dataset in splits.items()}
+    try:
+        parts = ReadInstruction.from_spec(wanted).to_absolute(sizes)
+        return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+    except (ValueError, AssertionError, IndexError) as error:
+        raise RecipeError(f"dataset '{name}' has no split '{wanted}'; it has {', '.join(splits)}.") from error
 
 
 def _first_line(error: BaseException) -> str:

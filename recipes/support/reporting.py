@@ -106,7 +106,7 @@ def versions() -> dict[str, str]:
 def changed_settings(group: Any) -> dict[str, Any]:
     """Every argument of a group; of TrainingArguments, which has 130, those that differ from their default."""
     if not isinstance(group, TrainingArguments):
-        return dataclasses.asdict(group)
+        return {field.name: getattr(group, field.name) for field in dataclasses.fields(group) if field.init}
     fields = [field for field in dataclasses.fields(group) if field.init and not field.name.endswith("_token")]
     return {field.name: getattr(group, field.name) for field in fields if getattr(group, field.name) != field.default}
 

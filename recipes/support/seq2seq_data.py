@@ -1,5 +1,6 @@
 """Records of a source and a target text as token ids."""
 
+import functools
 from typing import Any
 
 from datasets import Dataset
@@ -9,6 +10,7 @@ from recipes.support import records, reporting, seq2seq_demo
 from recipes.support.arguments import DEMO
 from recipes.support.errors import RecipeError
 from recipes.support.records import Records
+from recipes.support.splits import present
 from recipes.support.task_arguments import Seq2SeqDataArguments
 
 
@@ -30,17 +32,8 @@ def load_splits(data: Seq2SeqDataArguments, *, seed: int, evaluates: bool) -> di
     else:
         train, validation = records.load_training_splits(data, seed=seed)
         test = records.load_file(data.test_file) if data.test_file else None
-    splits = {"train": train, "validation": validation, "test": test}
-    present = {name: split for name, split in splits.items() if split is not None}
-    for split in present.values():
-        check_records(split, data)
-    if evaluates and validation is None:
-        raise RecipeError(
-            "eval_strategy needs data: give --validation_file, or --validation_fraction 0.1 to hold out."
-        )
-    if len(present) == 1:
-        raise RecipeError("nothing to measure on: give --test_file, --validation_file or --validation_fraction.")
-    return present
+    check = functools.partial(check_records, data=data)
+    return present(train, validation, test, check, evaluates=evaluates, named="file")
 
 
 def check_records(split: Records, data: Seq2SeqDataArguments) -> None:

@@ -1,37 +1,20 @@
-"""The arguments of the recipes for preferences, sequences to sequences, images, and sequences of tasks."""
+"""The arguments of the recipes for sequences to sequences, images, and sequences of tasks."""
 
+import math
 from dataclasses import dataclass, field
 
-from recipes.support.arguments import DatasetArguments, ModelArguments
+from recipes.support.arguments import DatasetArguments, ModelArguments, RunArguments
 
 TEXT_METRICS = ("exact_match", "token_f1", "bleu", "chrf")
 ARCHITECTURES = ("vit", "mobilenet_v2", "resnet")
 
 
 @dataclass
-class PreferenceDataArguments(DatasetArguments):
-    """Columns of the records for preference optimisation; `max_length` is TRL's own argument."""
-
-    max_length: None = field(default=None, init=False)
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Without a validation_file: the share of the training data to hold out."}
-    )
-    prompt_column: str = field(
-        default="prompt",
-        metadata={"help": "Column of prompts, text or a chat; chats may instead begin alike in both other columns."},
-    )
-    chosen_column: str = field(default="chosen", metadata={"help": "Column of the completions that were preferred."})
-    rejected_column: str = field(default="rejected", metadata={"help": "Column of those they were preferred to."})
-    num_sample_generations: int = field(
-        default=3, metadata={"help": "How many held-out prompts to complete before and after training."}
-    )
-
-
-@dataclass
 class Seq2SeqDataArguments(DatasetArguments):
     """Columns of the records for translation, summarisation and the like, and how the outcome is measured."""
 
-    test_file: str | None = field(default=None, metadata={"help": "Data for the final metrics."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "Data for the final metrics."})
+    max_length: int = field(default=512, metadata={"help": "Longest text in tokens; what is over is cut and counted."})
     source_column: str = field(default="source", metadata={"help": "Column of the texts to read."})
     target_column: str = field(default="target", metadata={"help": "Column of the texts to write."})
     source_prefix: str = field(
@@ -82,6 +65,7 @@ class VisionModelArguments(ModelArguments):
         Raises:
             ValueError: two arguments exclude each other, or one is out of its range.
         """
+        super().__post_init__()
         if self.model_name_or_path and self.architecture:
             raise ValueError(
                 "model_name_or_path and architecture exclude each other: name a model or build a new one."
@@ -96,7 +80,6 @@ class VisionDataArguments(DatasetArguments):
 
     train_file: None = field(default=None, init=False)
     validation_file: None = field(default=None, init=False)
-    max_length: None = field(default=None, init=False)
     train_folder: str | None = field(
         default=None, metadata={"help": "Training images: a folder with one folder of images for each class."}
     )
@@ -150,3 +133,45 @@ class ShiftArguments:
             raise ValueError(f"num_tasks = {self.num_tasks}: must be at least 2, or nothing shifts.")
         if not 0.0 <= self.flip_fraction <= 1.0:
             raise ValueError(f"flip_fraction = {self.flip_fraction}: must be from 0 to 1.")
+
+
+@dataclass
+class ClassifierRunArguments(RunArguments):
+    """What else a run of classify.py or vision.py does."""
+
+    head_learning_rate: str | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the head: a rate, or a multiple of learning_rate such as 10x."},
+    )
+    merge: bool = field(
+        default=False,
+        metadata={
+            "help": "Also save base and adapter as one model, to output_dir/merged, checked to give the same logits;"
+            " where output_dir holds a finished run, do that alone."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        self.head_rate(1.0)
+
+    def head_rate(self, learning_rate: float) -> float | None:
+        """Return the learning rate of the head, the body's being `learning_rate`; None where nothing is said of it.
+
+        Raises:
+            ValueError: it is neither a number above 0 nor a multiple.
+        """
+        wanted = self.head_learning_rate
+        if wanted is None:
+            return None
+        try:
+            number = float(wanted.removesuffix("x"))
+        except ValueError:
+            number = math.nan
+        if not 0.0 < number < math.inf:
+            raise ValueError(f"head_learning_rate = {wanted}: must be a rate above 0, or a multiple such as 10x.")
+        return number * learning_rate if wanted.endswith("x") else number

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from recipes.support.completion import IGNORED
+from recipes.support.encoding import IGNORED
 from recipes.support.metrics import load_metrics
 
 

@@ -52,6 +52,8 @@ def watch(dataclasses: list[type]) -> None:
     module.update(
         is_torch_available=lambda: True,
         is_accelerate_available=lambda *_: True,
+        # Whether this machine's GPU has bfloat16 is no question of the file.
+        is_torch_bf16_gpu_available=lambda: True,
         AcceleratorConfig=_DefaultAcceleratorConfig,
         NeedsTorchError=NeedsTorchError,
     )
@@ -104,8 +106,8 @@ def _fields_read(arguments: Any) -> set[str]:
 
 
 def _device(arguments: Any, names: set[str]) -> Any:
-    """Stand for the device: all that is known of it without torch is whether it is to be the CPU."""
+    """Stand for the device: without torch a file is judged as for a GPU, unless it names the CPU."""
     fields = arguments.__dataclass_fields__
     if any(getattr(arguments, name) not in (fields[name].default, None) for name in names):
         raise NeedsTorchError
-    return SimpleNamespace(type="cpu") if arguments.use_cpu else object()
+    return SimpleNamespace(type="cpu" if arguments.use_cpu else "cuda")

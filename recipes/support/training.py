@@ -1,54 +1,72 @@
 """One way to run a Trainer: resumable, interruptible, and clear when the disk fills up."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from datasets import disable_progress_bars
+from transformers import Trainer
+from transformers.utils import logging as transformers_logging
 
 from hf_tam import TorqueCallback
 from hf_tam.integrations.transformers.patches import uses_ours
-from recipes.support import reporting, speed
+from recipes.support import early_checks, reporting, speed
+from recipes.support import resuming as resuming_runs
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
-from recipes.support.errors import RecipeError
+from recipes.support.errors import NothingToDo
 from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop, checkpoint_written
 from recipes.support.models import require_weights
 from recipes.support.output import check_output_directory, metrics_path, naming_a_full_disk, remove_earlier_run
 from recipes.support.parallel import describe_strategy, leave_embeddings_apart, leave_group
-from recipes.support.quantization import is_quantized
 from recipes.support.reporting import MetricsFileCallback
 from recipes.support.spikes import grad_norm_metrics
 
 
-def check_run(run: RunArguments, training: TrainingArguments) -> Path | None:
-    """Check output directory and checkpoint before anything slow is done; return the checkpoint to resume from.
+def check_run(*groups: Any) -> Path | None:
+    """Check arguments, output directory and checkpoint before anything slow is done.
 
     Communication: a barrier, with several processes.
 
+    Args:
+        groups: the arguments, of which the first are how the run starts and the last the Trainer's.
+
+    Returns:
+        The checkpoint to resume from, if the run goes on from one.
+
     Raises:
         RecipeError: the run cannot start, and why.
+        NothingToDo: the run to resume has come to its end.
     """
+    run, training = groups[0], groups[-1]
+    early_checks.check(training)
+    if training.disable_tqdm:  # which covers the Trainer's own bars alone
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
     resuming = wants_resume(training.resume_from_checkpoint)
     output_dir = Path(training.output_dir)
     check_output_directory(output_dir, overwrite=run.overwrite, resuming=resuming)
     if run.overwrite and not resuming and output_dir.is_dir() and any(output_dir.iterdir()):
         reporting.announce(f"replacing the run in {output_dir} (overwrite; another --output_dir keeps it)")
-    return checkpoint_to_resume(training)
+    resume_from = checkpoint_to_resume(training)
+    changed = resuming_runs.compare(output_dir, groups) if resume_from else []
+    if resuming_runs.is_finished(output_dir, resume_from, changed):
+        raise NothingToDo(
+            f"the run in {output_dir} is finished, and stays as it is (num_train_epochs or max_steps go on)"
+        )
+    run.given = resuming_runs.settings(groups)
+    return resume_from
 
 
 def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> dict[str, Any]:
     """Train, and return the Trainer's metrics; a signal ends the process here, after a checkpoint.
 
     Raises:
-        RecipeError: the disk filled up, or weights of 4 bits were to be cut.
+        RecipeError: the disk filled up, no step was taken, or a loss was no number.
         SystemExit: 128 + signal after Ctrl-C or SIGTERM, as a shell reports them, so that nothing that waits for a
             finished run goes on.
     """
     output_dir = Path(trainer.args.output_dir)
-    if trainer.is_fsdp_enabled and is_quantized(trainer.model):  # --fsdp, which comes after the model was loaded
-        raise RecipeError("load_in_4bit does not work under FSDP, which cuts the weights: drop one of them.")
     if trainer.is_fsdp_enabled:
         leave_embeddings_apart(trainer.accelerator, trainer.model)
     interruption = Interruption()
@@ -59,8 +77,10 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
         trainer.add_callback(TorqueCallback())
     if run.overwrite and not resume_from and trainer.is_world_process_zero():
         remove_earlier_run(output_dir)
-    if resume_from and trainer.is_world_process_zero():
-        print(f"resuming from {resume_from}")
+    if trainer.is_world_process_zero():
+        resuming_runs.record(output_dir, run.given)
+        if resume_from:
+            print(f"resuming from {resume_from}")
     try:
         with naming_a_full_disk(output_dir):
             metrics = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None).metrics
@@ -69,25 +89,6 @@ def train(trainer: Trainer, run: RunArguments, *, resume_from: Path | None) -> d
     if interruption.agreed:
         _leave(interruption.agreed, trainer)
     return metrics | grad_norm_metrics(trainer.state.log_history)
-
-
-def evaluate(trainer: Trainer, encoded: dict[str, Any], share: Callable[[str], float]) -> dict[str, float]:
-    """Evaluate a classifier on the validation and on the test data, those that there are.
-
-    Args:
-        trainer: after training.
-        encoded: the splits by name.
-        share: gives the share of the most frequent class in a split, beside which its accuracy is to be seen.
-
-    Returns:
-        Metrics that begin with eval_ and with test_.
-    """
-    metrics: dict[str, float] = {}
-    for name, prefix in (("validation", "eval"), ("test", "test")):
-        if name in encoded:
-            metrics |= trainer.evaluate(encoded[name], metric_key_prefix=prefix)
-            metrics[f"{prefix}_most_frequent_class"] = share(name)
-    return metrics
 
 
 def save_model(trainer: Trainer) -> None:

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None, *, with_torch: bool = False) -> int:
     """Print a line for each file; returns 1 if one is wrong.
 
     Args:
-        argv: `SCRIPT=FILE` for each, the script without its suffix.
+        argv: `SCRIPT=FILE` for each, the script without its suffix, or a command of TRL, such as "trl grpo".
         with_torch: Ask the parsers in this process, with all that they import. Otherwise torch is kept out of it, and
             the files that it takes to judge are left to a process that has it.
     """
@@ -40,7 +40,11 @@ def main(argv: list[str] | None = None, *, with_torch: bool = False) -> int:
             with_torch = True
     mistakes, left = _judge((word.partition("=")[::2] for word in words), with_torch=with_torch)
     for (script, path), mistake in mistakes.items():
-        print(f"{path}: {mistake or f'valid for {script}.py'}", file=sys.stderr if mistake else sys.stdout, flush=True)
+        print(
+            f"{path}: {mistake or f'valid for {_name(script)}'}",
+            file=sys.stderr if mistake else sys.stdout,
+            flush=True,
+        )
     status = int(any(mistakes.values()))
     if left:
         folder = Path(__file__).resolve().parents[2]
@@ -69,6 +73,8 @@ def _find_mistake(script: str, path: str, *, with_torch: bool) -> str:
     """
     from recipes.support.config import HINT, parse_recipe_arguments
 
+    if script.startswith("trl "):
+        return _find_mistake_for_trl(script, path, with_torch=with_torch)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -83,6 +89,18 @@ def _find_mistake(script: str, path: str, *, with_torch: bool) -> str:
         message = re.split(r"(?m)^error: ", errors.getvalue())[-1]
         return message.strip().removesuffix(HINT).strip().removeprefix(f"{path}: ")
     return ""
+
+
+def _find_mistake_for_trl(command: str, path: str, *, with_torch: bool) -> str:
+    if not with_torch:
+        raise torchless.NeedsTorchError
+    from recipes.support import trl_commands
+
+    return trl_commands.find_mistake(command.removeprefix("trl "), path)
+
+
+def _name(script: str) -> str:
+    return script if script.startswith("trl ") else f"{script}.py"
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -26,10 +27,13 @@ def test_list_has_every_file_with_its_purpose(capsys):
     status, output, _ = hf_tam(capsys, "list")
     assert status == 0
     lines = dict(line.split(maxsplit=1) for line in output.splitlines() if line.startswith("  "))
-    assert lines == {file.name: file.purpose for file in FILES}
-    assert min(map(len, lines.values())) > 10
+    assert set(lines) == {file.name for file in FILES}
+    for file in FILES:
+        size = f"{file.gigabytes} GB  " if file.gigabytes else ""
+        assert lines[file.name] == f"{size}{file.purpose}"
+        assert len(file.purpose) > 10
     assert lines["sft.py"].startswith("Fine-tune a causal language model")
-    assert lines["llama3.2-1b/lora"] == "LoRA fine-tuning of Llama 3.2 1B on your own records"
+    assert lines["llama3.2-1b/lora"].endswith(" GB  LoRA fine-tuning of Llama 3.2 1B on your own records")
     assert lines["accelerate/ddp"].startswith("several GPUs")
 
 
@@ -37,6 +41,9 @@ def test_list_by_words_and_in_the_order_of_sizes(capsys):
     _, output, _ = hf_tam(capsys, "list", "qwen3-")
     names = [line.split()[0] for line in output.splitlines() if line.startswith("  qwen3") and "/lora" in line]
     assert names == [f"qwen3-{size}/lora" for size in ("0.6b", "1.7b", "4b", "8b", "30b-a3b")]
+    sizes = [float(size) for size in re.findall(r"^  \S+ +(\S+) GB  ", output, flags=re.MULTILINE)]
+    assert sizes == sorted(sizes)
+    assert len(sizes) == len(re.findall(r"^  \S+/", output, flags=re.MULTILINE))
     status, _, error = hf_tam(capsys, "list", "no-such")
     assert (status, "no recipe has no-such in its name" in error) == (1, True)
 
@@ -58,7 +65,9 @@ def test_reading_the_first_line_alone_is_no_error():
         ("llama3.2-1b/lora", "configs/llama3.2-1b/lora.yaml"),
         ("llama3.2-1b/lora.yaml", "configs/llama3.2-1b/lora.yaml"),
         ("recipes/configs/llama3.2-1b/lora.yaml", "configs/llama3.2-1b/lora.yaml"),
+        ("trl/grpo", "configs/trl/grpo.yaml"),
         ("ddp", "accelerate/ddp.yaml"),
+        ("slurm", "cluster/slurm.sh"),
         ("accelerate/zero3-offload", "accelerate/zero3-offload.json"),
     ],
 )
@@ -98,6 +107,8 @@ def test_copy_of_a_configuration_says_of_what_it_is(capsys, tmp_path, monkeypatc
     assert "python recipes/sft.py --config demo.yaml" in hf_tam(capsys, "copy", "demo/sft-lora", "demo.yaml")[1]
     assert "python recipes/sft.py --config mine.yaml" in hf_tam(capsys, "copy", "llama3.2-1b/lora", "mine.yaml")[1]
     assert "accelerate launch --config_file sub/ddp.yaml" in hf_tam(capsys, "copy", "ddp", "sub")[1]
+    assert "hf-tam run -- trl kto --config kto.yaml" in hf_tam(capsys, "copy", "trl/kto", "kto.yaml")[1]
+    assert "its header says how" in hf_tam(capsys, "copy", "cluster/sky")[1]
     text = (ROOT / "recipes/configs/llama3.2-1b/lora.yaml").read_text()
     assert Path("llama3.2-1b-lora.yaml").read_text() == Path("mine.yaml").read_text() == text
 
@@ -137,7 +148,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(capsys, tmp_path):
 def test_copy_of_a_script_has_all_that_it_imports(script, tmp_path, capsys):
     assert hf_tam(capsys, "copy", script.name, tmp_path)[0] == 0
     copied = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.py")}
-    assert {path for path in copied if path.count("/") == 1} == {"recipes/__init__", f"recipes/{script.path.stem}"}
+    package = set() if recipe_files.stands_alone(script) else {"recipes/__init__"}
+    assert {path for path in copied if path.count("/") == 1} == {f"recipes/{script.path.stem}", *package}
     for path in tmp_path.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("recipes"):
@@ -146,13 +158,71 @@ def test_copy_of_a_script_has_all_that_it_imports(script, tmp_path, capsys):
                     assert name in copied, f"{path} imports {name}"
 
 
+def test_copy_of_the_loop_is_one_file(tmp_path, capsys):
+    status, output, _ = hf_tam(capsys, "copy", "no_trainer", tmp_path)
+    assert status == 0
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} == {
+        Path("recipes/no_trainer.py")
+    }
+    assert "files that it needs" not in output
+
+
+def test_copy_of_a_script_is_small_and_has_what_it_reads(tmp_path, capsys):
+    """Configurations are found by their names in the package that is installed, so none but the demo's is there."""
+    assert hf_tam(capsys, "copy", "sft.py", tmp_path)[0] == 0
+    places = {path.relative_to(tmp_path / "recipes").as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {place for place in places if place.startswith(("configs/", "accelerate/", "comparisons/"))} == {
+        "configs/demo/sft-lora.yaml"
+    }
+    assert {"data/animals.py", "templates/plain.jinja"} <= places
+    assert "data/help_desk.py" not in places
+    assert len(places) <= 60
+
+
+def test_a_script_that_only_names_a_folder_is_copied_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe_files, "find_folder", lambda: tmp_path / "installed")
+    recipes = tmp_path / "installed" / "recipes"
+    (recipes / "metrics").mkdir(parents=True)
+    (recipes / "metrics" / "accuracy.py").write_text("")
+    (recipes / "alone.py").write_text('"""Alone."""\nprint({"metrics": 1})\n')
+    (recipes / "reader.py").write_text(
+        '"""Reads."""\nfrom pathlib import Path\nprint(Path(__file__).parent / "metrics")\n'
+    )
+    for name, count in (("alone.py", 1), ("reader.py", 2)):
+        assert hf_tam(capsys, "copy", name, tmp_path / name)[0] == 0
+        assert len([path for path in (tmp_path / name).rglob("*") if path.is_file()]) == count
+
+
+def demos():
+    """Every script; those whose demo takes more than seconds are slow."""
+    for file in SCRIPTS:
+        is_quick = file.place == "classify.py"
+        yield pytest.param(file, id=file.place, marks=[] if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.launch
+@pytest.mark.long
+@pytest.mark.parametrize("script", list(demos()))
+def test_copy_of_a_script_runs_its_demo(script, tmp_path, capsys):
+    """For a step, with what was copied alone: the package of the checkout has modules that the copy has not."""
+    assert hf_tam(capsys, "copy", script.name, tmp_path)[0] == 0
+    words = [tmp_path / "recipes" / script.path.name, "--max_steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_validate_before_anything_is_imported(capsys, tmp_path, monkeypatch):
     path = tmp_path / "x.yaml"
     status, _, error = hf_tam(capsys, "validate", path)
     assert (status, f"{path}: No such file" in error) == (1, True)
     path.write_text("# Launch:    python mine.py\n")
     status, _, error = hf_tam(capsys, "validate", path)
-    assert (status, "is for mine.py, which is no recipe: --recipe takes classify.py" in error) == (1, True)
+    assert (status, "is no recipe with configurations: --recipe takes classify.py" in error) == (1, True)
+    status, _, error = hf_tam(capsys, "validate", path, "--recipe", "no_trainer")
+    assert (status, "is for no_trainer.py, which is no recipe with configurations" in error) == (1, True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, error = hf_tam(capsys, "validate", path)
     assert (status, "pip install 'hf-tam[recipes]'" in error) == (1, True)
@@ -218,7 +288,7 @@ def test_installed_wheel_lists_copies_validates_and_runs(installed):
     """As a user does who has no checkout: pip install, copy, run."""
     status, output, error = installed("hf-tam", "recipes", "list")
     assert status == 0, error
-    assert [line.split()[0] for line in output.splitlines() if line.startswith("  ")] == [file.name for file in FILES]
+    assert {line.split()[0] for line in output.splitlines() if line.startswith("  ")} == {file.name for file in FILES}
     assert installed("hf-tam", "recipes", "show", "ddp")[1] == (ROOT / "recipes/accelerate/ddp.yaml").read_text()
 
     assert installed("hf-tam", "recipes", "copy", "sft.py")[0] == 0

@@ -14,7 +14,7 @@ from hf_tam.lab.compare.plan import PlanError, load_plan
 COMPARISONS = sorted(Path(__file__).parents[2].glob("recipes/comparisons/*.yaml"))
 PLAN = {
     "recipe": "classify",
-    "arguments": {"full": True, "text_metrics": ["bleu", "chrf"], "warmup_steps": 0.1},
+    "arguments": {"text_metrics": ["bleu", "chrf"], "warmup_steps": 0.1},
     "optimizers": {"AdamW": {"optim": "adamw_torch"}, "model": {"optim": "adatamw", "optim_args": "scope=model"}},
     "learning_rates": ["1e-3", 2e-3],
     "seeds": [0, 1, 2],
@@ -50,7 +50,7 @@ def test_arguments_become_flags(tmp_path):
     plan = load_plan(write(tmp_path))
     plan.arguments["test_file"] = None
     words = plan.spec("model", 1e-3, 2).command_line()
-    expected = "--full true --text_metrics bleu chrf --warmup_steps 0.1 --optim adatamw --optim_args scope=model"
+    expected = "--text_metrics bleu chrf --warmup_steps 0.1 --optim adatamw --optim_args scope=model"
     assert words == [*expected.split(), "--learning_rate", "0.001", "--seed", "2"]
 
 

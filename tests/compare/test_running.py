@@ -258,7 +258,7 @@ def test_command(tmp_path, capsys):
     """A real recipe, its demo, in a process of its own."""
     content = {
         "recipe": "classify",
-        "arguments": {"full": True, "num_train_epochs": "{epochs}", "save_strategy": "no", "max_train_samples": 64},
+        "arguments": {"num_train_epochs": "{epochs}", "save_strategy": "no", "max_train_samples": 64},
         "optimizers": {"AdamW": {"optim": "adamw_torch"}, "AdaTAMW": {"optim": "adatamw"}},
         "learning_rates": [1e-3],
         "seeds": [0],
@@ -310,7 +310,7 @@ def test_a_signal_ends_the_runs_too(number, tmp_path):
     """And says that what was finished is kept."""
     content = {
         "recipe": "classify",
-        "arguments": {"full": True, "num_train_epochs": 500, "save_strategy": "no"},
+        "arguments": {"num_train_epochs": 500, "save_strategy": "no"},
         "optimizers": {"AdamW": {"optim": "adamw_torch"}},
         "learning_rates": [1e-3],
         "seeds": [0],

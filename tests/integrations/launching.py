@@ -11,6 +11,8 @@ REPOSITORY = Path(__file__).parents[2]
 UNTOUCHED_SCRIPT = Path(__file__).with_name("untouched.py")
 HF_TAM_COMMAND = [sys.executable, "-c", "import sys; from hf_tam.cli import main; sys.exit(main())"]
 
+REGISTERED = "--optim adatamw (AdaTAMW), --optim adatam (AdaTAM), --optim tam (TAM)"
+
 
 def environment(**changes):
     """A plain environment: the CPU, no network, one thread, this Python's commands first on PATH."""

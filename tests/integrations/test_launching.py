@@ -6,22 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import hf_tam
 from tests.integrations.launching import (
     HF_TAM_COMMAND,
+    REGISTERED,
     UNTOUCHED_SCRIPT,
     assert_adatamw_trained,
     run,
     run_successfully,
     script_arguments,
 )
-from tests.integrations.untouched import tiny_llama
-
-REGISTERED = "--optim adatamw (AdaTAMW), --optim adatam (AdaTAM), --optim tam (TAM)"
 
 
 @pytest.mark.launch
@@ -147,39 +142,6 @@ def test_spawned_processes_of_a_script_know_its_classes_and_the_names(tmp_path):
     output = run_successfully([sys.executable, "-m", "hf_tam", script, "--flag"])
     report = json.loads(output.splitlines()[-1])
     assert report == {"child": "adatamw", "loaded": [0, 1, 2, 3], "pickled": 4, "argv": ["--flag"]}
-
-
-@pytest.mark.launch
-@pytest.mark.slow
-def test_trl_sft(tmp_path):
-    """`trl sft` checks its arguments in one process and trains in a child that it launches with accelerate."""
-    pytest.importorskip("trl")
-    model, data, output_dir = tmp_path / "model", tmp_path / "data", tmp_path / "out"
-    _write_tiny_model(model)
-    data.mkdir()
-    rows = [{"prompt": f"count {number}", "completion": f" {number} {number + 1}"} for number in range(16)]
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trl = Path(sys.executable).with_name("trl")
-    arguments = [
-        "--model_name_or_path", model, "--dataset_name", data, "--output_dir", output_dir, "--optim", "adatamw",
-        "--optim_args", "gamma=0.8", "--max_steps", "3", "--save_steps", "3", "--use_cpu", "true", "--bf16", "false",
-        "--report_to", "none", "--num_processes", "1", "--per_device_train_batch_size", "2",
-    ]  # fmt: skip
-    output = run_successfully([*HF_TAM_COMMAND, "run", "--", trl, "sft", *arguments], ACCELERATE_USE_CPU="true")
-    saved = torch.load(output_dir / "checkpoint-3" / "optimizer.pt", weights_only=True)
-    torques = {float(entry["torque"]) for entry in saved["state"].values()}
-    assert saved["param_groups"][0]["gamma"] == 0.8
-    assert len(torques) > 5
-    assert output.count(REGISTERED) == 1
-
-
-def _write_tiny_model(folder):
-    words = ["<pad>", "<s>", "</s>", "<unk>", "count", *map(str, range(20))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    tiny_llama().save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

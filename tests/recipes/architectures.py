@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from recipes.support import models
-from recipes.support.arguments import LoraArguments
+from recipes.support.arguments import ModelArguments
 
 # NF4 with quantised scales: 4 bits, one 8-bit scale for 64 weights, and one of 32 bits for 256 of those.
 BYTES_OF_4_BITS = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -274,19 +274,19 @@ ARCHITECTURES = {
 }
 
 
-def adapted_model(name: str, lora: LoraArguments) -> Any:
+def adapted_model(name: str, lora: ModelArguments) -> Any:
     """The real architecture with the adapter that a configuration asks for, put there by the recipe's own code."""
     # A fresh one: peft replaces the layers in place.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config(), dtype=torch.float32)
-        unquantized = dataclasses.replace(lora, load_in_4bit=False, bnb_4bit_use_double_quant=False)
+        unquantized = dataclasses.replace(lora, load_in_4bit=False, use_bnb_nested_quant=False)
         return models.add_adapter(model, unquantized, TaskType.CAUSAL_LM)
 
 
-def memory_in_gb(model: Any, lora: LoraArguments) -> float:
+def memory_in_gb(model: Any, lora: ModelArguments) -> float:
     """Weights, gradients and states by the arithmetic of recipes/README.md; trained ones take 16 bytes a parameter."""
     trained, total = models.count_parameters(model)
-    if lora.full:
+    if not lora.use_peft:
         return 16 * total / 1e9
     frozen = {id(param): 2.0 * param.numel() for param in model.parameters() if not param.requires_grad}
     if lora.load_in_4bit:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTING_S = 300
-IMPORTED = ("torch", "accelerate.commands.launch", "recipes.no_trainer", "recipes.sft", "deepspeed")
+IMPORTED = ("torch", "accelerate.commands.launch", "recipes.sft", "deepspeed")
 """By the server, where they are installed."""
 
 CLIENT = r"""#!{python} -SE

@@ -45,7 +45,7 @@ def results_of(folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_embedded_default_learns_wordings_it_has_not_seen(seed, classify):
     status, output, error = classify("--seed", seed)
     assert status == 0, error
@@ -71,7 +71,7 @@ def test_a_rare_label_that_was_held_out_is_left_out(classify, encoder, tmp_path)
     rows += [{"text": f"a rare thing {number}", "label": f"rare {number}"} for number in range(30)]
     status, _, error = classify(
         *("--train_file", write(tmp_path / "train.jsonl", *rows), "--validation_fraction", 0.5, "--max_steps", 1),
-        *("--model_name_or_path", encoder, "--full"),
+        *("--model_name_or_path", encoder),
     )
     assert status == 0, error
     assert re.search(r"\d+ records held out have a label that no training record has: left out", error)
@@ -86,7 +86,7 @@ def test_no_wording_of_the_test_is_in_training():
 def test_lora_on_an_encoder_trains_adapter_and_head(encoder, classify, tmp_path):
     path = tmp_path / "train.csv"
     Dataset.from_list(ROWS).rename_column("label", "intent").to_csv(str(path))
-    flags = ["--label_column", "intent", "--validation_fraction", "0.25", "--eval_strategy", "epoch"]
+    flags = ["--label_column", "intent", "--validation_fraction", "0.25", "--eval_strategy", "epoch", "--use_peft"]
     status, _, error = classify(
         "--model_name_or_path", encoder, "--train_file", path, *flags, "--metrics_file", tmp_path / "log.jsonl"
     )
@@ -114,6 +114,14 @@ A, B = {"text": "a book", "label": "x"}, {"text": "a room", "label": "y"}
         ([A, {"text": "", "label": "y"}], [A], [], "train.jsonl, line 2: 'text' must be text"),
         ([A, {"text": "b", "label": None}], [A], [], "train.jsonl, line 2: 'label' is missing"),
         ([A, A], [A], [], "has the single value 'x'"),
+        (
+            [{**A, "label": 2.0}, {**B, "label": 0.5}],
+            [A],
+            [],
+            "train.jsonl, line 2: 'label' is 0.5: a class is a name",
+        ),
+        ([A, {**B, "label": "0.25"}], [A], [], "train.jsonl, line 2: 'label' is '0.25': a class is a name"),
+        ([{**A, "label": ["x", "y"]}, {**B, "label": ["y"]}], [A], [], "line 1: 'label' is ['x', 'y']: a class is"),
         ([A, B], [A, {"text": "c", "label": "z"}], [], "test.jsonl, line 2: the label 'z' does not occur"),
         ([A, B], [A], ["--eval_strategy", "epoch"], "eval_strategy needs data"),
         ([A, B], None, [], "nothing to measure on"),
@@ -153,14 +161,14 @@ def test_numeric_labels_keep_their_order(classify, encoder, tmp_path):
     rows = [{"text": f"a book {number}", "label": number} for number in (10, 9, 2)]
     path = write(tmp_path / "train.jsonl", *rows)
     status, _, error = classify(
-        "--model_name_or_path", encoder, "--full", "--train_file", path, "--test_file", path, "--max_steps", 1
+        "--model_name_or_path", encoder, "--train_file", path, "--test_file", path, "--max_steps", 1
     )
     assert status == 0, error
     assert json.loads((classify.output_dir / "config.json").read_text())["id2label"] == {"0": "2", "1": "9", "2": "10"}
 
 
 def test_adapter_on_the_untrained_demo_encoder_is_refused(classify):
-    status, _, error = classify("--full", "false")
+    status, _, error = classify("--use_peft")
     assert status == 1
     assert "starts from random weights" in error
 
@@ -180,7 +188,7 @@ def test_real_encoder_learns_real_intents(classify, tmp_path):
     test.to_csv(str(tmp_path / "test.csv"))
     status, _, error = classify(
         *("--model_name_or_path", model, "--train_file", data / "train.csv", "--test_file", tmp_path / "test.csv"),
-        *("--label_column", "category", "--full", "--max_train_samples", 480, "--num_train_epochs", 2),
+        *("--label_column", "category", "--max_train_samples", 480, "--num_train_epochs", 2),
         *("--per_device_train_batch_size", 32, "--learning_rate", "1e-3", "--save_strategy", "no"),
     )
     assert status == 0, error

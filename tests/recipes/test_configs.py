@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from hf_tam.cli.recipe_files import read_header, recipe_of
 from recipes import sft
-from recipes.support.arguments import LoraArguments
+from recipes.support.arguments import ModelArguments
 from recipes.support.config import CONFIGS, parse_recipe_arguments
 from recipes.support.models import count_parameters
 from tests.recipes.architectures import ARCHITECTURES, adapted_model, memory_in_gb
@@ -58,7 +58,7 @@ def parse(*argv):
 
 @functools.cache
 def lora_arguments(path):
-    return next(group for group in parse("--config", str(path)) if isinstance(group, LoraArguments))
+    return next(group for group in parse("--config", str(path)) if isinstance(group, ModelArguments))
 
 
 def model_name(path):
@@ -77,13 +77,14 @@ def number(pattern, text):
 
 @functools.lru_cache(maxsize=2)
 def _adapted(name, key):
-    return adapted_model(name, LoraArguments(**json.loads(key)))
+    return adapted_model(name, ModelArguments(**json.loads(key)))
 
 
 def real_model(path):
     """The real architecture with this file's adapter; a lora.yaml and the qlora.yaml after it share one."""
     lora = lora_arguments(path)
-    names = ("full", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "modules_to_save", "use_dora")
+    names = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
+    names += ("lora_target_parameters", "use_dora")
     return _adapted(model_name(path), json.dumps({name: getattr(lora, name) for name in names}))
 
 
@@ -160,9 +161,9 @@ def test_header_is_true_of_the_real_architecture(path):
     """Its class, the layers that are adapted, the counts and the memory; one test, so that it is built once."""
     lora, header = lora_arguments(path), read_header(path.read_text())
     model = real_model(path)
-    base = model if lora.full else model.get_base_model()
+    base = model.get_base_model() if lora.use_peft else model
     assert type(base).__name__ == ARCHITECTURES[model_name(path)].class_name
-    if not lora.full:
+    if lora.use_peft:
         _check_adapted_layers({name for name, param in model.named_parameters() if param.requires_grad})
     trained, total = count_parameters(model)
     assert header["Trainable"] == f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)"
@@ -207,6 +208,7 @@ def train(tiny, tmp_path):
             "model_name_or_path": tiny(path), "train_file": records, "validation_file": records,
             "output_dir": tmp_path / "out", "learning_rate": TINY_LEARNING_RATE, "lr_scheduler_type": "constant",
             "warmup_steps": 0, "use_cpu": "true", "disable_tqdm": "true", "report_to": "none",
+            "assistant_only_loss": "true",
         }  # fmt: skip
         given = [f"--{name}={value}" for name, value in options.items()]
         assert sft.main([f"--config={path}", *given, *flags]) == 0

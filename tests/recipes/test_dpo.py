@@ -5,7 +5,6 @@ import signal
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,11 +13,8 @@ from trl import DPOTrainer
 from recipes.data import animals
 from recipes.dpo import main
 from recipes.support import generation
-from recipes.support.errors import RecipeError
-from recipes.support.preferences import prepare
-from recipes.support.records import Records
-from recipes.support.task_arguments import PreferenceDataArguments
-from tests.recipes.test_sft_data import PLAIN_TEMPLATE, write_lines
+from tests.recipes.conftest import EVALUATED, EXACT, LORA
+from tests.recipes.test_sft_data import write_lines
 
 PAIR = {"prompt": "What does the owl eat?", "chosen": " The owl eats rodents.", "rejected": " The owl has feathers."}
 
@@ -27,8 +23,9 @@ PAIR = {"prompt": "What does the owl eat?", "chosen": " The owl eats rodents.", 
 def dpo(tmp_path, tiny_model, capsys):
     """Run dpo.py in this process for a few steps; returns status, stdout and stderr."""
 
-    def run(*arguments, model=tiny_model):
+    def run(*arguments, model=tiny_model, full=False):
         flags = [f"--output_dir={tmp_path / 'out'}", "--max_steps=3", "--disable_tqdm=true", "--use_cpu=true"]
+        flags += [*EXACT, *EVALUATED, *([] if full else LORA)]
         flags += [f"--model_name_or_path={model}", "--logging_steps=1", "--max_eval_samples=8"]
         status = main([*flags, "--save_strategy=no", *map(str, arguments)])
         return status, *capsys.readouterr()
@@ -122,45 +119,20 @@ def test_reference_is_the_model_without_its_adapter(dpo, monkeypatch):
     ids=["copy", "precomputed"],
 )
 def test_full_training_compares_with_a_second_copy(more, dpo):
-    status, _, error = dpo("--dataset_name", "demo", "--full", "--learning_rate", "1e-3", *more)
+    status, _, error = dpo("--dataset_name", "demo", "--learning_rate", "1e-3", *more, full=True)
     assert status == 0, error
     assert (dpo.output_dir / "model.safetensors").is_file()
     assert results_of(dpo.output_dir)["eval_rewards/margins"] != 0.0
 
 
-@pytest.mark.parametrize("has_prompt", [True, False])
-def test_chats(has_prompt, tiny_model):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    prompt, good, bad = (
-        [{"role": role, "content": text}] for role, text in (("user", "Q"), ("assistant", "A"), ("assistant", "B"))
-    )
-    record = {"prompt": prompt, "chosen": good, "rejected": bad}
-    if not has_prompt:
-        record = {"chosen": prompt + good, "rejected": prompt + bad}
-    rows = Records(Dataset.from_list([record]), "rows")
-    (pair,) = prepare(rows, PreferenceDataArguments(), tokenizer, limit=100)
-    assert pair == {"prompt": prompt, "chosen": good, "rejected": bad}
-
-
-def test_what_is_cut_or_teaches_nothing_is_counted(tiny_model, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = [PAIR, {**PAIR, "prompt": "owl " * 50}, {**PAIR, "rejected": PAIR["chosen"]}]
-    rows.append({**PAIR, "chosen": " owl" * 60})
-    kept = prepare(Records(Dataset.from_list(rows), "rows"), PreferenceDataArguments(), tokenizer, limit=20)
-    assert list(kept) == [rows[0], rows[3]]
-    error = capsys.readouterr().err
-    assert "warning: 2 of 4 pairs of rows are longer than 20 tokens and were cut" in error
-    assert "warning: 1 of 4 pairs of rows have no completion token left: dropped" in error
-    assert "warning: 1 of 4 pairs of rows have the same completion twice: dropped" in error
-    with pytest.raises(RecipeError, match="in none of the 1 pairs"):
-        prepare(Records(Dataset.from_list(rows[2:3]), "rows"), PreferenceDataArguments(), tokenizer, limit=20)
-
-
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 BAD_PAIRS = {
     "empty": ([], (), "x.jsonl is empty"),
-    "null": ([PAIR, {**PAIR, "rejected": None}], (), "x.jsonl, line 2: 'rejected' must be text, not None"),
+    "null": (
+        [PAIR, {**PAIR, "rejected": None}],
+        ("--on_bad_record=raise",),
+        "x.jsonl, line 2: 'rejected' must be text",
+    ),
     "no rejected": ([{"prompt": "a", "chosen": "b"}], (), "has no column 'rejected' (--rejected_column)"),
     "other name": ([PAIR], ("--chosen_column", "good"), "has no column 'good' (--chosen_column)"),
     "no prompt": ([{"chosen": "a", "rejected": "b"}], (), "has no column 'prompt' (--prompt_column)"),

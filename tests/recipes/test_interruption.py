@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint
 from recipes.support.reporting import read_metrics
-from tests.recipes.conftest import recipe_command, recipe_environment
+from tests.recipes.conftest import EVALUATED, EXACT, LORA, recipe_command, recipe_environment
 
 NUM_STEPS = 60
 SIGNAL_AFTER = 10
@@ -33,7 +33,8 @@ def command(output_dir, model, *more):
         "disable_tqdm": "true",
         "use_cpu": "true",
     }
-    return recipe_command("sft.py", *(f"--{name}={value}" for name, value in options.items()), *more)
+    flags = [*LORA, *EXACT, *EVALUATED, *(f"--{name}={value}" for name, value in options.items())]
+    return recipe_command("sft.py", *flags, *more)
 
 
 def interrupt(process, metrics_file, number):
@@ -104,7 +105,7 @@ def test_ctrl_c_before_training_is_one_line(sft, monkeypatch):
     def interrupt_loading(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recipes.support.sft_data.load_splits", interrupt_loading)
+    monkeypatch.setattr("recipes.support.causal_data.load_splits", interrupt_loading)
     status, _, error = sft("--dataset_name", "demo")
     assert status == 130
     assert error == "interrupted outside training: no checkpoint was written\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from recipes.support import models, parallel, sft_data
-from recipes.support.arguments import LoraArguments, SftModelArguments
+from recipes.support import causal_run, models, parallel
+from recipes.support.arguments import LmModelArguments
 from recipes.support.errors import RecipeError
 
 CONFIG = LlamaConfig()
@@ -37,7 +37,7 @@ def processes(monkeypatch):
 )
 def test_size(flag, configured, count, expected, processes):
     processes(count, configured)
-    assert parallel.tensor_parallel_size(SftModelArguments(tp_size=flag)) == expected
+    assert parallel.tensor_parallel_size(LmModelArguments(tp_size=flag)) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,39 +51,43 @@ def test_size(flag, configured, count, expected, processes):
 def test_size_that_cannot_be(flag, configured, count, message, processes):
     processes(count, configured)
     with pytest.raises(RecipeError, match=message):
-        parallel.tensor_parallel_size(SftModelArguments(tp_size=flag))
+        parallel.tensor_parallel_size(LmModelArguments(tp_size=flag))
 
 
 @pytest.mark.parametrize("targets", [COLUMN_WISE, ["self_attn.q_proj"], ["lm_head"]])
 def test_column_wise_targets_are_accepted(targets):
-    parallel.require_tensor_parallel(CONFIG, LoraArguments(lora_target_modules=targets), saves_state=False)
+    parallel.require_tensor_parallel(
+        CONFIG, LmModelArguments(use_peft=True, lora_target_modules=targets), saves_state=False
+    )
 
 
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "o_proj"], ["mlp.down_proj"]])
 def test_row_wise_targets_are_refused_with_those_that_work(targets):
     with pytest.raises(RecipeError, match=f"no adapter on .*{' '.join(COLUMN_WISE)}"):
-        parallel.require_tensor_parallel(CONFIG, LoraArguments(lora_target_modules=targets), saves_state=False)
+        parallel.require_tensor_parallel(
+            CONFIG, LmModelArguments(use_peft=True, lora_target_modules=targets), saves_state=False
+        )
 
 
 def test_full_fine_tuning_has_no_targets():
-    parallel.require_tensor_parallel(CONFIG, LoraArguments(full=True), saves_state=False)
+    parallel.require_tensor_parallel(CONFIG, LmModelArguments(), saves_state=False)
 
 
 def test_checkpoints_are_refused():
     with pytest.raises(RecipeError, match="--save_strategy no"):
-        parallel.require_tensor_parallel(CONFIG, LoraArguments(full=True), saves_state=True)
+        parallel.require_tensor_parallel(CONFIG, LmModelArguments(), saves_state=True)
 
 
 def test_model_without_a_plan_is_refused():
     config = SimpleNamespace(base_model_tp_plan=None, model_type="gpt2")
     with pytest.raises(RecipeError, match=r"no tensor-parallel plan for a gpt2 model.*fsdp2\.yaml"):
-        parallel.require_tensor_parallel(config, LoraArguments(), saves_state=False)
+        parallel.require_tensor_parallel(config, LmModelArguments(), saves_state=False)
 
 
 def test_old_transformers_is_refused(monkeypatch):
     monkeypatch.setattr(parallel, "version", lambda name: "5.2.0")
     with pytest.raises(RecipeError, match=r"needs transformers 5\.17\.0 or later, this is 5\.2\.0"):
-        parallel.require_tensor_parallel(CONFIG, LoraArguments(), saves_state=False)
+        parallel.require_tensor_parallel(CONFIG, LmModelArguments(), saves_state=False)
 
 
 def test_parameters_that_zero_3_took_away_are_counted():
@@ -101,9 +105,12 @@ def test_parameters_that_zero_3_took_away_are_counted():
 def test_demo_model_is_built_by_one_process(is_first, keep, is_there, builds, tmp_path, monkeypatch):
     built = []
     state = SimpleNamespace(is_local_main_process=is_first, local_main_process_first=nullcontext)
-    monkeypatch.setattr(sft_data, "PartialState", lambda: state)
-    monkeypatch.setattr(sft_data.causal_demo, "build_base", lambda folder, **options: built.append(folder))
+    monkeypatch.setattr(causal_run, "PartialState", lambda: state)
+    monkeypatch.setattr(causal_run.causal_demo, "build_base", lambda folder, **options: built.append(folder))
     if is_there:
         (tmp_path / "base").mkdir()
-    assert sft_data.prepare_demo_model(tmp_path, keep=keep, show_progress=False) == str(tmp_path / "base")
+    arguments = SimpleNamespace(
+        output_dir=tmp_path, resume_from_checkpoint="true" if keep else None, disable_tqdm=True
+    )
+    assert causal_run.prepare_demo_model(arguments) == str(tmp_path / "base")
     assert built == [tmp_path / "base"] * builds

@@ -92,6 +92,7 @@ def test_lora_and_every_metric(seq2seq, tmp_path):
     status, _, error = seq2seq(
         *("--train_file", path, "--validation_fraction", "0.25", "--max_steps", 2, "--eval_strategy", "steps"),
         *("--source_column", "article", "--target_column", "summary", "--num_beams", 2),
+        *("--use_peft", "--lora_target_modules", "all-linear"),
         *("--text_metrics", "exact_match", "token_f1", "bleu", "chrf"),
     )
     assert status == 0, error
@@ -146,7 +147,7 @@ def test_bad_file_is_one_clear_error_before_anything_is_written(rows, flags, mes
         (["--train_file", "nowhere.jsonl"], "any", "nowhere.jsonl: no such file"),
         (["--dataset_name", "demo"], "nobody/nothing", "model 'nobody/nothing' cannot be loaded"),
         (["--dataset_name", "demo"], None, "no model: data was named"),
-        (["--dataset_name", "demo"], "demo", "starts from random weights"),
+        (["--dataset_name", "demo", "--use_peft"], "demo", "starts from random weights"),
     ],
 )
 def test_what_was_named_is_never_replaced(flags, model, message, seq2seq):
@@ -177,7 +178,6 @@ def test_run_stopped_by_ctrl_c_continues_bit_for_bit(tiny_t5, tmp_path):
     flags = [
         f"--model_name_or_path={tiny_t5}",
         "--dataset_name=demo",
-        "--full",
         "--max_steps=60",
         "--disable_tqdm=true",
     ]

@@ -7,11 +7,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from recipes.support.arguments import SftDataArguments
+from recipes.support import encoding
 from recipes.support.chat import load_template
-from recipes.support.completion import IGNORED, encode_records
+from recipes.support.encoding import IGNORED
 from recipes.support.errors import RecipeError
-from recipes.support.records import Records, load_file
+from recipes.support.records import Records
 
 GENERATION_TEMPLATE = (
     "{% for turn in messages %}{{ turn['role'] + ':' }}{% if turn['role'] == 'assistant' %}"
@@ -40,7 +40,7 @@ def tokenizer(tiny_model):
 
 def encode(rows, tokenizer, **options):
     records = Records(Dataset.from_list(rows), "rows")
-    return encode_records(records, SftDataArguments(**options), tokenizer, context_length=128)
+    return encoding.encode(records, tokenizer=tokenizer, max_length=128, **options).dataset
 
 
 def targets(row, tokenizer):
@@ -52,37 +52,6 @@ def write_lines(path, *lines):
     return path
 
 
-def test_loss_is_on_the_completion_only(tokenizer):
-    (row,) = encode([PAIR], tokenizer)
-    assert tokenizer.decode(row["input_ids"]) == PAIR["prompt"] + PAIR["completion"] + tokenizer.eos_token
-    assert targets(row, tokenizer) == PAIR["completion"] + tokenizer.eos_token
-    assert all(label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
-
-
-def test_loss_is_on_all_of_a_text(tokenizer):
-    (row,) = encode([{"text": "The owl eats rodents."}], tokenizer)
-    assert row["labels"] == row["input_ids"]
-
-
-@pytest.mark.parametrize("template", [GENERATION_TEMPLATE, PLAIN_TEMPLATE], ids=["marked", "by prefixes"])
-def test_loss_is_on_the_assistant_only(template, tokenizer):
-    tokenizer.chat_template = template
-    (row,) = encode([{"messages": CHAT}], tokenizer)
-    eos = tokenizer.eos_token
-    assert targets(row, tokenizer) == f"The owl eats rodents.{eos}The goat eats grass.{eos}"
-
-
-def test_loss_is_on_every_turn_if_asked_for(tokenizer):
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    (row,) = encode([{"messages": CHAT}], tokenizer, assistant_only_loss=False)
-    assert row["labels"] == row["input_ids"]
-
-
-def test_option_for_chats_without_chats_is_a_warning(tokenizer, capsys):
-    encode([PAIR], tokenizer, assistant_only_loss=True)
-    assert "assistant_only_loss and chat_template are without effect" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["chatml", "plain"])
 def test_template_by_name_marks_the_assistant(name, tiny_model, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -91,7 +60,7 @@ def test_template_by_name_marks_the_assistant(name, tiny_model, capsys):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = load_template(name, tokenizer)
     assert capsys.readouterr().err == ""
-    (row,) = encode([{"messages": CHAT}], tokenizer)
+    (row,) = encode([{"messages": CHAT}], tokenizer, assistant_only_loss=True)
     end = "<|im_end|>" if name == "chatml" else tokenizer.eos_token
     space = "" if name == "chatml" else " "
     assert targets(row, tokenizer) == f"{space}The owl eats rodents.{end}{space}The goat eats grass.{end}"
@@ -115,38 +84,42 @@ def test_bad_template_is_named(content, message, tokenizer, tmp_path):
 def test_template_is_saved_with_the_result(sft, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", *([{"messages": CHAT}] * 8))
     (tmp_path / "mine.jinja").write_text(GENERATION_TEMPLATE)
-    status, _, error = sft("--train_file", path, "--chat_template", tmp_path / "mine.jinja")
+    status, _, error = sft("--train_file", path, "--chat_template_path", tmp_path / "mine.jinja")
     assert status == 0, error
     assert AutoTokenizer.from_pretrained(sft.output_dir).chat_template == GENERATION_TEMPLATE
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    tokenizer.chat_template = FORGETFUL_TEMPLATE
-    with pytest.raises(RecipeError, match="rows, record 1: the chat template rewrites turns"):
-        encode([{"messages": CHAT}], tokenizer)
+def test_template_of_another_tokenizer(tiny_model, tmp_path):
+    tokenizer, other = (AutoTokenizer.from_pretrained(tiny_model) for _ in range(2))
+    other.chat_template = PLAIN_TEMPLATE
+    other.save_pretrained(tmp_path)
+    assert load_template(str(tmp_path), tokenizer) == PLAIN_TEMPLATE
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = "<|turn|>" + PLAIN_TEMPLATE
+    other.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"made of tokens that the model has no embedding for \(<\|turn\|>\)"):
+        load_template(str(tmp_path), tokenizer)
 
 
-def test_other_columns_by_flag(tokenizer):
-    rows = [{"question": "Why?", "answer": " Because.", "text": "no"}]
-    (row,) = encode(rows, tokenizer, prompt_column="question", completion_column="answer")
-    assert targets(row, tokenizer) == " Because." + tokenizer.eos_token
+@pytest.mark.long
+def test_end_that_was_added_is_saved_beside_the_adapter_and_merged(sft, tmp_path):
+    """A mark that the model's generation did not end at."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-
-def test_what_is_cut_or_left_without_a_target_is_counted(tokenizer, capsys):
-    rows = [PAIR, {"prompt": "word " * 50, "completion": " lost"}, {"prompt": "Q", "completion": ""}]
-    rows.append({"prompt": "Q", "completion": " word" * 60})
-    encoded = encode(rows, tokenizer, max_length=20)
-    assert len(encoded) == 2
-    assert max(map(len, encoded["input_ids"])) == 20
-    error = capsys.readouterr().err
-    assert "warning: 2 of 4 records of rows are longer than 20 tokens and were cut" in error
-    assert "warning: 2 of 4 records of rows have no completion token left: dropped" in error
-
-
-def test_context_of_the_model_limits_the_length(tokenizer, capsys):
-    (row,) = encode([{"text": "owl " * 300}], tokenizer, max_length=1000)
-    assert len(row["input_ids"]) == 128
-    assert "1 of 1 records of rows are longer than 128 tokens" in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(sft.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    model = AutoModelForCausalLM.from_pretrained(sft.model)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    path = write_lines(tmp_path / "x.jsonl", *([{"messages": CHAT}] * 8))
+    words = ["--train_file", path, "--chat_template_path=chatml", "--assistant_only_loss", "--merge"]
+    status, output, error = sft(*words, model=tmp_path / "model")
+    assert status == 0, error
+    assert "where generation did not end: it is added to eos_token_id" in output
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for folder in (sft.output_dir, sft.output_dir / "merged"):
+        assert end in GenerationConfig.from_pretrained(folder).eos_token_id
 
 
 GOOD = {"prompt": "a", "completion": " b"}
@@ -162,11 +135,10 @@ BAD_FILES = {
         json.dumps(GOOD) + "\n\n" + '{"prompt": "a", "completion": null}\n',
         "x.jsonl, line 3: the completion must be text, not None",
     ),
-    "missing in csv": ("x.csv", 'prompt,completion\na,"b\nb"\nc,\n', "x.csv, line 4: the completion must be text"),
+    "missing in csv": ("x.csv", 'prompt,completion\na,"b\nb"\nc\n', "x.csv, line 4: the completion must be text"),
     "unknown columns": ("x.jsonl", '{"input": "a", "output": "b"}\n', "its columns are input, output"),
     "no target at all": ("x.jsonl", '{"prompt": "a", "completion": ""}\n' * 3, "has a completion token within"),
     "no chat template": ("x.jsonl", json.dumps({"messages": CHAT}) + "\n", "need a chat template"),
-    "message without content": ("x.jsonl", '{"messages": [{"role": "user"}]}\n', "x.jsonl, line 1: the content"),
     "not parquet": ("x.parquet", "hello", "x.parquet cannot be read as parquet"),
 }
 
@@ -175,7 +147,7 @@ BAD_FILES = {
 def test_bad_file_is_one_clear_error_before_anything_is_written(name, content, message, sft, tmp_path):
     path = tmp_path / name
     path.write_text(content)
-    status, _, error = sft("--train_file", path, "--validation_file", path)
+    status, _, error = sft("--train_file", path, "--validation_file", path, "--on_bad_record=raise")
     assert status == 1
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert message in line
@@ -183,17 +155,11 @@ def test_bad_file_is_one_clear_error_before_anything_is_written(name, content, m
     assert not sft.output_dir.exists()
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_text_that_looks_like_a_date_stays_text(suffix, tmp_path):
-    rows = [{"prompt": "When?", "completion": "2021-03-14"}, {"prompt": "And?", "completion": "2021-03-15T10:00:00"}]
-    path = tmp_path / f"x.{suffix}"
-    path.write_text(json.dumps(rows) if suffix == "json" else "\n\n".join(map(json.dumps, rows)))
-    assert list(load_file(str(path)).dataset) == rows
-
-
 def test_line_number_survives_holding_out_and_drawing(sft, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", *([GOOD] * 20), {"prompt": "a", "completion": None}, *([GOOD] * 9))
-    status, _, error = sft("--train_file", path, "--validation_fraction", "0.2", "--seed", "1")
+    status, _, error = sft(
+        "--train_file", path, "--validation_fraction", "0.2", "--seed", "1", "--on_bad_record", "raise"
+    )
     assert status == 1
     assert "x.jsonl, line 21: the completion must be text" in error
 
@@ -203,7 +169,7 @@ def test_line_number_survives_holding_out_and_drawing(sft, tmp_path):
     [
         (["--train_file", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--dataset_name", "nobody/nothing"], "dataset 'nobody/nothing' cannot be loaded"),
-        (["--dataset_name", "demo", "--text_column", "body"], "has no column 'body' (--text_column)"),
+        (["--dataset_name", "demo", "--dataset_text_field", "body"], "has no column 'body' (--dataset_text_field)"),
         ([], "no training data: give --train_file"),
     ],
 )
@@ -246,7 +212,7 @@ def test_every_format_trains(suffix, sft, tmp_path):
 
 @pytest.mark.long
 def test_full_fine_tuning_saves_the_whole_model(sft):
-    status, output, error = sft("--dataset_name", "demo", "--full", "--optim", "adamw_torch")
+    status, output, error = sft("--dataset_name", "demo", "--optim", "adamw_torch", full=True)
     assert status == 0, error
     assert "AdamW" in output
     assert (sft.output_dir / "model.safetensors").is_file()

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.data import animals
 from recipes.sft import main
 from recipes.support import causal_demo
-from recipes.support.arguments import SftDataArguments
-from recipes.support.completion import encode_records
+from recipes.support.encoding import encode
 from recipes.support.reporting import read_metrics
+from tests.recipes.conftest import EVALUATED, EXACT, LORA
 
 # They share a run that takes a minute, which each worker would repeat.
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
@@ -30,7 +30,7 @@ def test_demo_runs_and_says_what_it_is(demo_run):
     assert results["optimizer"] == "AdaTAMW"
     assert 0.0 < results["damping_mean"] < 1.0
     assert results["damping_mean"] != 0.5
-    assert results["settings"]["TrainingArguments"]["optim"] == "adatamw"
+    assert results["settings"]["SFTConfig"]["optim"] == "adatamw"
 
 
 def test_demo_answers_about_animals_it_was_never_asked_about(demo_run):
@@ -69,7 +69,7 @@ def test_saved_adapter_gives_the_reported_perplexity(demo_run):
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     _, held_out = causal_demo.demo_records()
     total, count = 0.0, 0
-    for row in encode_records(held_out, SftDataArguments(), tokenizer, context_length=None):
+    for row in encode(held_out, tokenizer=tokenizer, max_length=None).dataset:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
         with torch.no_grad():
             logits = adapted(input_ids=ids).logits[0, :-1]
@@ -98,7 +98,8 @@ def test_improvement_is_larger_than_its_spread_over_seeds(demo_run, tmp_path):
             "use_cpu": "true",
             "num_sample_generations": 0,
         }
-        assert main([f"--{name}={value}" for name, value in arguments.items()]) == 0
+        words = [*LORA, *EXACT, *EVALUATED, *(f"--{name}={value}" for name, value in arguments.items())]
+        assert main(words) == 0
         results = json.loads((tmp_path / str(seed) / "results.json").read_text())
         before.append(results["eval_perplexity_before"])
         after.append(results["eval_perplexity"])
@@ -110,5 +111,5 @@ def test_improvement_is_larger_than_its_spread_over_seeds(demo_run, tmp_path):
 
 def test_training_arguments_load_without_the_recipes(demo_run):
     arguments = torch.load(demo_run[1] / "training_args.bin", weights_only=False)
-    assert type(arguments).__module__ == "transformers.training_args"
+    assert type(arguments).__module__ == "trl.trainer.sft_config"
     assert type(arguments.optim) is str

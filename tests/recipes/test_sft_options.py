@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.sft import main
 from recipes.support import adapters, merging, models
-from recipes.support.arguments import LoraArguments
+from recipes.support.arguments import ModelArguments
 from recipes.support.errors import RecipeError
 from recipes.support.reporting import read_metrics
 
@@ -40,10 +40,10 @@ KINDS = {
     "dora": (["--use_dora"], {"use_dora": True}),
     "rslora and names": (["--use_rslora", "--lora_target_modules", "q_proj", "0.mlp.up_proj"], {"use_rslora": True}),
     "pattern": (["--lora_target_modules", r".*\.0\..*(q|v)_proj"], {"target_modules": r".*\.0\..*(q|v)_proj"}),
-    "bf16": (["--activation_checkpointing=true", "--bf16=true", "--dtype=bfloat16"], {}),
-    "4 bits": (["--load_in_4bit", "--activation_checkpointing=true", "--packing"], {}),
-    "fp4 dora": (["--load_in_4bit", "--bnb_4bit_quant_type=fp4", "--bnb_4bit_use_double_quant", "--use_dora"], {}),
-    "tied lm_head": (["--modules_to_save", "lm_head"], {"ensure_weight_tying": True}),
+    "bf16": (["--gradient_checkpointing=true", "--bf16=true", "--dtype=bfloat16"], {}),
+    "4 bits": (["--load_in_4bit", "--gradient_checkpointing=true", "--packing"], {}),
+    "fp4 dora": (["--load_in_4bit", "--bnb_4bit_quant_type=fp4", "--use_bnb_nested_quant", "--use_dora"], {}),
+    "tied lm_head": (["--lora_modules_to_save", "lm_head"], {"ensure_weight_tying": True}),
 }
 
 
@@ -67,8 +67,8 @@ def test_kind_trains_and_merges_into_what_was_measured(flags, written, sft, tmp_
     assert {name: config[name] for name in written} == written
     assert "of the largest at most" in output
     assert not (sft.output_dir / "merged.partial").exists()
-    again = ["--full", "--max_steps=1", "--learning_rate=0", f"--output_dir={tmp_path / 'again'}"]
-    status, _, error = sft(*QUICK, *again, model=sft.output_dir / "merged")
+    again = ["--max_steps=1", "--learning_rate=0", f"--output_dir={tmp_path / 'again'}"]
+    status, _, error = sft(*QUICK, *again, model=sft.output_dir / "merged", full=True)
     assert status == 0, error
     tolerance = 0.05 if "--bf16=true" in flags else 1e-3
     perplexity = results_of(tmp_path / "again")["eval_perplexity_before"]
@@ -79,7 +79,7 @@ def test_lora_plus_gives_the_matrices_b_their_rate(sft):
     """As peft groups them, whose function is for one process; and as the log shows the rate of A."""
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
-    adapters.scale_learning_rates(optimizer, model, 8.0)
+    adapters.set_learning_rates(optimizer, adapters.matrices_b(model), lambda rate: 8.0 * rate)
     expected = peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)
 
     def rates(built):
@@ -125,12 +125,12 @@ def test_resumed_run_ends_bit_for_bit(flags, sft, tmp_path):
 
 
 BAD_ADAPTERS = {
-    "no such layer": (["--lora_target_modules", "q_proj", "q_prj"], "lora_target_modules = q_prj: no layer"),
+    "no such layer": (["--lora_target_modules", "q_proj", "q_prj"], "lora_target_modules = q_prj: nothing"),
     "pattern for nothing": (["--lora_target_modules", "q.*x"], "such as 'lm_head', and none does"),
     "no pattern": (["--lora_target_modules", "(q_proj"], "is no regular expression"),
     "pattern among names": (["--lora_target_modules", "q_proj", ".*v"], ".*v stands alone or not at all"),
-    "no such module": (["--modules_to_save", "head"], "modules_to_save = head: no layer"),
-    "merge nothing": (["--full", "--merge"], "merge: full trains no adapter"),
+    "no such module": (["--lora_modules_to_save", "head"], "lora_modules_to_save = head: nothing"),
+    "no such parameter": (["--lora_target_parameters", "experts.up"], "lora_target_parameters = experts.up: nothing"),
     "no evaluations": (["--early_stopping_patience=1", "--eval_strategy=no"], "counts evaluations"),
     "wrong direction": (["--metric_for_best_model=perplexity"], "give --greater_is_better false"),
 }
@@ -144,39 +144,60 @@ def test_what_cannot_work_is_one_error_before_anything_is_written(flags, message
     assert not sft.output_dir.exists()
 
 
+def test_nothing_to_merge_is_said_before_anything_is_written(sft):
+    status, _, error = sft(*QUICK, "--merge", full=True)
+    assert status == 1
+    assert "merge: without use_peft the result is one model already" in error_of(error)
+    assert not sft.output_dir.exists()
+
+
 def test_error_lists_the_linear_layers():
     with pytest.raises(RecipeError, match=r"The linear layers are q_proj, k_proj, .*down_proj, lm_head\.$"):
-        adapters.find_targets(tiny_llama(), ["query"])
+        adapters.require_targets(tiny_llama(), ["query"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"full": True, "use_dora": True}, "drop it, or use_dora"),
-        ({"full": True, "load_in_4bit": True}, "drop it, or load_in_4bit"),
+        ({"use_dora": True}, "add use_peft, or drop use_dora"),
+        ({"load_in_4bit": True}, "add use_peft, or drop load_in_4bit"),
+        ({"use_peft": True, "init_lora_weights": "zeros"}, "init_lora_weights = zeros: must be"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio = 0.0: must be above 0"),
         ({"loraplus_lr_ratio": float("nan")}, "loraplus_lr_ratio = nan"),
-        ({"lora_target_modules": []}, "lora_target_modules is empty"),
-        ({"bnb_4bit_use_double_quant": True}, "no effect without load_in_4bit"),
+        ({"use_bnb_nested_quant": True}, "no effect without load_in_4bit"),
     ],
 )
 def test_adapter_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        LoraArguments(**options)
+        ModelArguments(**options)
 
 
 @pytest.mark.parametrize(
-    ("environment", "tp_size", "name"),
-    [({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, 1, "FSDP2"), ({}, 2, "tensor parallelism")],
+    ("options", "tp_size", "message"),
+    [
+        ({"load_in_8bit": True}, 1, "load_in_8bit does not work under FSDP"),
+        ({"load_in_4bit": True}, 2, "load_in_4bit does not work under tensor parallelism"),
+    ],
 )
-def test_4_bits_are_refused_by_the_name_of_the_strategy(environment, tp_size, name, monkeypatch):
+def test_bits_are_refused_by_the_name_of_the_strategy(options, tp_size, message, monkeypatch):
     pytest.importorskip("bitsandbytes")
     from recipes.support import quantization
 
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
-    with pytest.raises(RecipeError, match=f"load_in_4bit does not work under {name}"):
-        quantization.load_options(LoraArguments(load_in_4bit=True), torch.float32, tp_size=tp_size)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=message):
+        quantization.load_options(ModelArguments(use_peft=True, **options), torch.float32, tp_size=tp_size)
+
+
+def test_fsdp_gets_4_bits_in_tensors_that_it_can_cut(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from recipes.support import quantization
+
+    arguments = ModelArguments(use_peft=True, load_in_4bit=True)
+    assert "device_map" in quantization.load_options(arguments, torch.bfloat16, tp_size=1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    options = quantization.load_options(arguments, torch.bfloat16, tp_size=1)
+    assert options.keys() == {"quantization_config"}
+    assert options["quantization_config"].bnb_4bit_quant_storage == torch.bfloat16
 
 
 def test_4_bits_stay_as_they_were_loaded_when_evaluated(monkeypatch):
@@ -201,7 +222,7 @@ def test_4_bits_stay_as_they_were_loaded_when_evaluated(monkeypatch):
 
 def test_4_bits_where_a_recipe_does_not_load_them():
     with pytest.raises(RecipeError, match="this recipe does not load its model in 4 bits"):
-        models.add_adapter(tiny_llama(), LoraArguments(load_in_4bit=True), peft.TaskType.CAUSAL_LM)
+        models.add_adapter(tiny_llama(), ModelArguments(use_peft=True, load_in_4bit=True), peft.TaskType.CAUSAL_LM)
 
 
 @pytest.mark.long
@@ -329,7 +350,13 @@ def test_real_instructions_are_learnt_as_chats(sft, tmp_path):
                 question = "\n".join(part for part in (task["instruction"], case["input"]) if part)
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": case["output"]}]
                 file.write(json.dumps({"messages": turns}) + "\n")
-    flags = ["--chat_template=plain", "--packing", "--max_steps=10", "--learning_rate=1e-2", "--max_train_samples=48"]
+    flags = [
+        "--chat_template_path=plain",
+        "--packing",
+        "--max_steps=10",
+        "--learning_rate=1e-2",
+        "--max_train_samples=48",
+    ]
     sizes = ["--max_eval_samples=8", "--num_sample_generations=1"]
     status, output, error = sft("--train_file", path, *flags, *sizes)
     assert status == 0, error

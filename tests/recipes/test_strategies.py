@@ -1,7 +1,8 @@
-"""Every file of recipes/accelerate, launched with both scripts, is the strategy it names, and trains one adapter."""
+"""Every file of recipes/accelerate, launched with sft.py, is the strategy it names, and trains one adapter."""
 
 import functools
 import json
+import math
 import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import yaml
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from tests.recipes.conftest import ROOT
+from tests.recipes.conftest import EVALUATED, EXACT, LORA, ROOT
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 NUM_STEPS, SAVED_AT = 4, 2
@@ -97,7 +98,6 @@ def launch(fork_server, tiny_model, tmp_path_factory):
             pytest.importorskip("deepspeed")
         folder = output_dir or tmp_path_factory.mktemp(f"{script}-{strategy}") / "out"
         reports = tmp_path_factory.mktemp("reports")
-        micro_batches = 2 if script == "no_trainer" and strategy.num_processes < 4 else 1
         launcher = [*(strategy.config or ("--config_file", f"recipes/accelerate/{strategy}.yaml")), *strategy.launch]
         launcher += ["--num_processes", strategy.num_processes, "--mixed_precision", precision]
         launcher += ["--main_process_port", 0] if strategy.num_processes > 1 else []
@@ -108,15 +108,16 @@ def launch(fork_server, tiny_model, tmp_path_factory):
             "max_steps": NUM_STEPS,
             "learning_rate": 3e-3,
             "warmup_steps": 1,
-            "per_device_train_batch_size": RECORDS_A_STEP // strategy.num_replicas // micro_batches,
-            "gradient_accumulation_steps": micro_batches,
+            "per_device_train_batch_size": RECORDS_A_STEP // strategy.num_replicas,
             "max_eval_samples": 7,
             "per_device_eval_batch_size": 3,
             "num_sample_generations": 1,
             "logging_steps": 1,
             "disable_tqdm": "true",
         }
-        flags = [f"--{name}={value}" for name, value in options.items()]
+        flags = [*LORA, *EVALUATED, "--gradient_checkpointing=false"] if script == "sft" else []
+        flags += ["--bf16=false"] if script == "sft" and precision == "no" else []
+        flags += [f"--{name}={value}" for name, value in options.items()]
         completed = fork_server.run(
             ["-m", "accelerate.commands.launch", *launcher, f"recipes/{script}.py", *flags, *strategy.script, *more],
             timeout=400,
@@ -144,30 +145,27 @@ needs_tensor_parallel_adapters = pytest.mark.skipif(
 LOADS_SHARDS = Version(version("accelerate")) >= Version("1.13")
 
 
-# One of each kind; tests/sharding has the numbers of all.
 # One of each kind; tests/sharding trains under all of them, and the others are slow.
-IN_GATE = {(name, "sft") for name in ("single", "fsdp2", "zero3")}
+IN_GATE = ("single", "fsdp2", "zero3")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("strategy", "script"),
+    "strategy",
     [
         pytest.param(
             each,
-            script,
-            id=f"{each.name}-{script}",
+            id=f"{each.name}-sft",
             marks=[
                 *[needs_tensor_parallel_adapters] * (each.name == "tp"),
-                *[pytest.mark.slow] * ((each.name, script) not in IN_GATE),
+                *[pytest.mark.slow] * (each.name not in IN_GATE),
             ],
         )
         for each in STRATEGIES
-        for script in ("sft", "no_trainer")
     ],
 )
-def test_launch(strategy, script, launch, whole, tmp_path):
-    run = launch(strategy, script)
+def test_launch(strategy, launch, whole, tmp_path):
+    run = launch(strategy, "sft")
     assert_strategy(strategy, run.reports)
     assert_torques(run.reports)
     assert run.results["strategy"] == strategy.description
@@ -182,7 +180,7 @@ def test_launch(strategy, script, launch, whole, tmp_path):
     resumed_folder = tmp_path / "resumed"
     shutil.copytree(run.folder / f"checkpoint-{SAVED_AT}", resumed_folder / f"checkpoint-{SAVED_AT}")
     shutil.copy(run.folder / "metrics.jsonl", resumed_folder)
-    resumed = launch(strategy, script, "--resume_from_checkpoint=true", output_dir=resumed_folder)
+    resumed = launch(strategy, "sft", "--resume_from_checkpoint=true", output_dir=resumed_folder)
     assert len(resumed.reports[0]["torques"]) < len(run.reports[0]["torques"])
     assert_equal_adapters(resumed.adapter, run.adapter, atol=0)
 
@@ -192,10 +190,10 @@ def test_launch(strategy, script, launch, whole, tmp_path):
 def test_tensor_parallelism_by_the_flag_alone(fork_server, tiny_model, tmp_path):
     """torchrun says nothing of it."""
     flags = [f"--model_name_or_path={tiny_model}", "--dataset_name=demo", f"--output_dir={tmp_path / 'out'}"]
-    flags += ["--tp_size=2", "--max_steps=3", "--max_eval_samples=4", "--num_sample_generations=0"]
+    flags += [*LORA[::2], *EXACT, "--tp_size=2", "--max_steps=3", "--max_eval_samples=4", "--num_sample_generations=0"]
     flags += ["--save_strategy=no", "--lora_target_modules", *COLUMN_WISE]
     completed = fork_server.run(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/no_trainer.py", *flags],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recipes/sft.py", *flags],
         timeout=400,
         ACCELERATE_USE_CPU="true",
         STRATEGY_REPORTS=str(tmp_path),
@@ -226,7 +224,7 @@ def test_bf16_as_the_files_say_reaches_deepspeed(launch):
     )
     assert run.reports[0]["zero_stage"] == 3
     assert_torques(run.reports)
-    assert run.results["settings"]["TrainingArguments"]["bf16"] is True
+    assert run.results["settings"]["SFTConfig"]["bf16"] is True
     assert run.results["eval_perplexity"] < 0.8 * run.results["eval_perplexity_before"]
 
 
@@ -239,7 +237,7 @@ def test_a_classifier_whose_head_is_new(fork_server, tmp_path):
     tokenizer = build_tokenizer([row["text"] for row in help_desk.make_records(help_desk.TRAIN, per_intent=4, seed=3)])
     build_encoder(tokenizer, ["of another", "task"]).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    options = {"model_name_or_path": tmp_path / "model", "dataset_name": "demo", "max_steps": 4, "full": "true"}
+    options = {"model_name_or_path": tmp_path / "model", "dataset_name": "demo", "max_steps": 4}
     options |= {"learning_rate": 3e-3, "save_strategy": "no", "disable_tqdm": "true"}
 
     def run(strategy):
@@ -327,7 +325,8 @@ def assert_strategy(strategy, reports):
             assert report["zero_stage"] == int(strategy.name[-1])
         elif strategy.name == "tp":
             cut = {"kind": "DTensor", "mesh": [2], "placements": ["S(0)"]}
-            assert sorted(map(str, report["parameters"])) == sorted(map(str, [cut, {"kind": "tensor"}] * 4 * 5))
+            of_each = len(report["parameters"]) // 2
+            assert sorted(map(str, report["parameters"])) == sorted(map(str, [cut, {"kind": "tensor"}] * of_each))
         else:
             assert report["parameters"] == [PARAMETERS[strategy.name]] * len(report["parameters"])
 
@@ -360,21 +359,20 @@ def assert_result_loads(run):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    from recipes.support import sft_data
-    from recipes.support.arguments import SftDataArguments
-    from recipes.support.causal_metrics import token_losses
+    from recipes.support import causal_demo, records
 
     model = AutoPeftModelForCausalLM.from_pretrained(run.folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
-    data = SftDataArguments(dataset_name="demo", max_eval_samples=7)
-    _, rows = sft_data.encode_splits(sft_data.load_splits(data, seed=42), data, tokenizer, model.config)
-    losses, count = torch.zeros(()), 0
-    for row in rows:
-        labels = torch.tensor([row["labels"]])
+    _, held_out = causal_demo.demo_records()
+    losses, count = 0.0, 0
+    for record in records.at_most(held_out, 7, seed=42).dataset:
+        prompt = tokenizer(record["prompt"])["input_ids"]
+        ids = torch.tensor([prompt + tokenizer(record["completion"] + tokenizer.eos_token)["input_ids"]])
         with torch.no_grad():
-            losses += token_losses(model(input_ids=torch.tensor([row["input_ids"]])).logits, labels).sum()
-        count += int((labels[:, 1:] != -100).sum())
-    assert (losses / count).exp().item() == pytest.approx(run.results["eval_perplexity"], rel=1e-4)
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += ids.shape[1] - len(prompt)
+    assert math.exp(losses / count) == pytest.approx(run.results["eval_perplexity"], rel=1e-4)
 
 
 def test_every_file_is_launched():

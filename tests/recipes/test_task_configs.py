@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from recipes import seq2seq, vision
-from recipes.support import image_adapter, models, seq2seq_demo
-from recipes.support.arguments import LoraArguments
+from recipes.support import heads, models, seq2seq_demo
+from recipes.support.arguments import ModelArguments
 from recipes.support.config import CONFIGS, parse_recipe_arguments
 from recipes.support.reporting import read_metrics
 from tests.recipes.test_sft_data import write_lines
@@ -64,12 +64,12 @@ def arguments_of(path, *more):
 
 def adapted(path, config):
     """The architecture of `config` on the meta device, with this file's adapter."""
-    lora = next(group for group in arguments_of(path) if isinstance(group, LoraArguments))
+    lora = next(group for group in arguments_of(path) if isinstance(group, ModelArguments))
     auto_class = AutoModelForImageClassification if is_vision(path) else AutoModelForSeq2SeqLM
     with torch.device("meta"):
         model = auto_class.from_config(config)
         if is_vision(path):
-            return image_adapter.add(model, lora)
+            return heads.add_adapter(model, lora, None)
         return models.add_adapter(model, lora, TaskType.SEQ_2_SEQ_LM)
 
 

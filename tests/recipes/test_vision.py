@@ -85,7 +85,7 @@ def make_folder(folder, **classes):
 
 @pytest.mark.long
 def test_lora_trains_adapter_and_head(vision, tmp_path):
-    status, _, error = vision(*tiny_images(tmp_path), "--max_steps", 2)
+    status, _, error = vision(*tiny_images(tmp_path), "--max_steps", 2, "--use_peft")
     assert status == 0, error
     adapter = json.loads((vision.output_dir / "adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["classifier"]
@@ -97,7 +97,7 @@ def test_lora_trains_adapter_and_head(vision, tmp_path):
 @pytest.mark.long
 def test_folder_named_like_a_split_is_a_class(vision, tmp_path):
     folder = make_folder(tmp_path / "images", train=3, test=3)
-    arguments = ["--architecture", "resnet", "--full", "--train_folder", folder, "--test_folder", folder]
+    arguments = ["--architecture", "resnet", "--train_folder", folder, "--test_folder", folder]
     status, _, error = vision(*arguments, "--max_steps", 1)
     assert status == 0, error
     labels = json.loads((vision.output_dir / "config.json").read_text())["id2label"]
@@ -122,7 +122,7 @@ BAD_FOLDERS = {
     "empty": (lambda folder: make_folder(folder, cat=0), (), "holds no images"),
     "one class": (lambda folder: make_folder(folder, cat=2), (), "the single class 'cat'"),
     "corrupt": (lambda folder: corrupt(make_folder(folder, cat=2, dog=2)), (), "cat/0.png cannot be read as an image"),
-    "adapter": (lambda folder: make_folder(folder, cat=2, dog=2), ("--full", "false"), "starts from random weights"),
+    "adapter": (lambda folder: make_folder(folder, cat=2, dog=2), ("--use_peft",), "starts from random weights"),
     "evaluation": (lambda folder: make_folder(folder, cat=2, dog=2), ("--eval_strategy", "epoch"), "needs data"),
 }
 
@@ -130,7 +130,7 @@ BAD_FOLDERS = {
 @pytest.mark.parametrize(("make", "flags", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
 def test_bad_folder_is_one_clear_error_before_anything_is_written(make, flags, message, vision, tmp_path):
     folder = make(tmp_path / "images")
-    arguments = ["--architecture", "resnet", "--full", "--train_folder", folder, "--test_folder", folder]
+    arguments = ["--architecture", "resnet", "--train_folder", folder, "--test_folder", folder]
     status, _, error = vision(*arguments, *flags)
     assert status == 1
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -158,7 +158,7 @@ def test_what_was_named_is_never_replaced(flags, message, vision):
 
 def test_class_that_training_does_not_have_is_named(vision, tmp_path):
     train, test = make_folder(tmp_path / "a", cat=2, dog=2), make_folder(tmp_path / "b", cat=1, yak=1)
-    status, _, error = vision("--architecture", "resnet", "--full", "--train_folder", train, "--test_folder", test)
+    status, _, error = vision("--architecture", "resnet", "--train_folder", train, "--test_folder", test)
     assert status == 1
     assert "the class 'yak' does not occur in the training images" in error
 
@@ -166,7 +166,7 @@ def test_class_that_training_does_not_have_is_named(vision, tmp_path):
 def test_directory_in_use_is_refused(vision):
     vision.output_dir.mkdir()
     (vision.output_dir / "mine").touch()
-    status, _, error = vision("--dataset_name", "demo", "--architecture", "resnet", "--full")
+    status, _, error = vision("--dataset_name", "demo", "--architecture", "resnet")
     assert status == 1
     assert "is not empty" in error
 
@@ -175,7 +175,7 @@ def test_directory_in_use_is_refused(vision):
 @pytest.mark.parametrize("architecture", ["resnet", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_run_stopped_by_sigterm_continues_bit_for_bit(architecture, vision, tmp_path, monkeypatch):
     """With BatchNorm's running statistics and, in MobileNetV2, dropout."""
-    flags = ["--dataset_name=demo", f"--architecture={architecture}", "--full", "--max_steps=4", "--save_steps=4"]
+    flags = ["--dataset_name=demo", f"--architecture={architecture}", "--max_steps=4", "--save_steps=4"]
     flags += ["--max_train_samples=64", "--learning_rate=1e-2"]
     step = Trainer.training_step
     assert vision(*flags, f"--output_dir={tmp_path / 'whole'}", "--save_strategy=steps")[0] == 0

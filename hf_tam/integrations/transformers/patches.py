@@ -32,6 +32,7 @@ from hf_tam.integrations.transformers.checkpoint import (
     write_checksums,
 )
 from hf_tam.integrations.transformers.clipping import prepare_clipping, take_over_clipping
+from hf_tam.integrations.transformers.loss_count import warn_of_dropped_count
 from hf_tam.integrations.transformers.optim_args import format_optim_args, parse_optim_args
 from hf_tam.integrations.transformers.optimizer_names import OPTIMIZERS, add_member, constructor_kwargs, unusable
 from hf_tam.integrations.transformers.tensor_parallel import refuse_plain_shards
@@ -220,6 +221,7 @@ def _check_before_training(trainer: Any, resume_from_checkpoint: Any = None, *_:
             refuse_plain_shards(trainer.model)
         if trainer.is_fsdp_enabled and "peft" in sys.modules:
             find_wrapped_adapters()
+        warn_of_dropped_count(trainer)
     if not resume_from_checkpoint:
         return
     from transformers.trainer_utils import get_last_checkpoint

@@ -1,0 +1,252 @@
+"""Chats as token ids, with the tokens that the assistant writes told from the rest.
+
+A chat template that marks the assistant's turns is taken at its word; for those it knows, TRL has marked copies; with
+any other, a turn of the assistant is what it adds to the chat before it.
+"""
+
+import json
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from recipes.support.turns import BadRecordError, Turn
+
+Tools = list[dict[str, Any]] | None
+
+_PROBE = [{"role": "user", "content": "a"}]
+_PROBE_CALL = {"type": "function", "function": {"name": "probe", "arguments": {}}}
+
+
+class LostToolsError(BadRecordError):
+    """The template leaves tools out: that is no matter of one record."""
+
+
+class Renderer:
+    """Renders chats with the template of a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, marks_assistant: bool) -> None:
+        """Choose the template.
+
+        Args:
+            tokenizer: has a chat template.
+            marks_assistant: whether the assistant's tokens are to be told from the rest.
+        """
+        self._tokenizer = tokenizer
+        self._template = _training_template(tokenizer) if marks_assistant else None
+        self._marks_assistant = marks_assistant
+        self._has_marks = tokenizer.is_fast and has_generation_markers(self._template or tokenizer.chat_template)
+
+    def render(
+        self, turns: list[Turn], tools: Tools = None, options: dict[str, Any] | None = None, *, prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Return token ids, and for each whether it is a target: the assistant's, or all of them.
+
+        Args:
+            turns: as `turns.read_turns` returns them.
+            tools: as `turns.read_tools` returns them.
+            options: further arguments of the template.
+            prompt: whether to end with what begins the assistant's next turn.
+
+        Raises:
+            BadRecordError: the template refuses them, or leaves out a tool.
+        """
+        turns, options = self.with_contents(turns), {"tools": tools, **(options or {})}
+        try:
+            ids, mask = self._render(turns, options, prompt=prompt)
+            self._require_tools(turns, options)
+            if not prompt and any(_is_given(turn) for turn in turns):
+                mask = self._without_given(turns, mask)
+        except BadRecordError:
+            raise
+        except (
+            Exception
+        ) as error:  # templates raise jinja's errors and Python's, for roles in an order they do not allow
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadRecordError(f"the chat template refuses these messages: {reason}") from error
+        return ids, mask
+
+    def _render(self, turns: list[Turn], options: dict[str, Any], *, prompt: bool) -> tuple[list[int], list[int]]:
+        if not self._marks_assistant or prompt:
+            ids = self._ids(turns, options, prompt=prompt)
+            return ids, [1] * len(ids)
+        if not self._has_marks:
+            return self._mask_by_prefixes(turns, options)
+        rendered = self._apply(turns, return_dict=True, return_assistant_tokens_mask=True, **options)
+        ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
+        return ids, self._without_headers(ids, mask)
+
+    def _ids(self, turns: list[Turn], options: dict[str, Any], *, prompt: bool = False) -> list[int]:
+        return list(self._apply(turns, add_generation_prompt=prompt, return_dict=True, **options)["input_ids"])
+
+    def _apply(self, turns: list[Turn], **options: Any) -> Any:
+        options.setdefault("chat_template", self._template)
+        if options.get("tokenize", True):
+            options["tokenizer_kwargs"] = {"verbose": False}  # what is too long is cut, and counted, later
+        try:
+            return self._tokenizer.apply_chat_template(turns, **options)
+        except TypeError:
+            # Some templates join the arguments of a call to text, as OpenAI's API gives them.
+            written = [_with_written_arguments(turn) for turn in turns]
+            if written == turns:
+                raise
+            return self._tokenizer.apply_chat_template(written, **options)
+
+    def _mask_by_prefixes(self, turns: list[Turn], options: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Find the assistant's tokens as what each of its turns adds to the chat before it."""
+        ids = self._ids(turns, options)
+        mask = [0] * len(ids)
+        for index, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            through = self._ids(turns[: index + 1], options)
+            before = self._ids(turns[:index], options, prompt=True) if index else self._through_header(ids)
+            if ids[: len(before)] != before or ids[: len(through)] != through:
+                return ids, self._mask_by_marks(ids, sum(turn["role"] == "assistant" for turn in turns))
+            mask[len(before) : len(through)] = [1] * (len(through) - len(before))
+        return ids, mask
+
+    def _mask_by_marks(self, ids: list[int], num_turns: int) -> list[int]:
+        """Find the assistant's tokens between the marks of its turns, where a template rewrites earlier turns."""
+        begin, end = self._marks
+        mask, starts, ends = [0] * len(ids), _ends_of(begin, ids), []
+        for start in starts:
+            ends += [index + 1 for index in range(start, len(ids)) if ids[index] == end][:1]
+            if ends:
+                mask[start : ends[-1]] = [1] * (ends[-1] - start)
+        if not num_turns == len(starts) == len(ends):
+            raise BadRecordError(
+                "the chat template rewrites earlier turns, so that the assistant's tokens cannot be told apart; give"
+                " the tokenizer a template with {% generation %}, or records of prompt and completion."
+            )
+        return self._without_headers(ids, mask)
+
+    @cached_property
+    def _marks(self) -> tuple[list[int], int | None]:
+        """What begins a turn of the assistant that another one follows, and the token that ends it."""
+        try:
+            ids = self._ids([*_PROBE, {"role": "assistant", "content": "b"}, *_PROBE], {})
+        except Exception:  # a template that refuses this one chat
+            return [], None
+        # Where an answer is asked for, more may be given than stands in earlier turns.
+        begins = (self._header[:size] for size in range(len(self._header), 0, -1))
+        begin = next((tokens for tokens in begins if _ends_of(tokens, ids)), [])
+        tokens = {*self._tokenizer.all_special_ids, *self._tokenizer.get_added_vocab().values()}
+        rest = ids[_ends_of(begin, ids)[0] :] if begin else []
+        return begin, next((token for token in rest if token in tokens), None)
+
+    def _without_given(self, turns: list[Turn], mask: list[int]) -> list[int]:
+        """Unmark the assistant's turns that are not to be learnt."""
+        starts = [index for index, marked in enumerate(mask) if marked and not (index and mask[index - 1])]
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        if not self._marks_assistant or len(starts) != len(answers):
+            raise BadRecordError(
+                "a message has the weight 0 (or train: false), which takes assistant_only_loss and turns that can be"
+                " told apart."
+            )
+        for start, turn in zip(starts, answers, strict=True):
+            end = mask.index(0, start) if 0 in mask[start:] else len(mask)
+            if _is_given(turn):
+                mask[start:end] = [0] * (end - start)
+        return mask
+
+    @cached_property
+    def _header(self) -> list[int]:
+        """What begins a turn of the assistant."""
+        try:
+            before, through = self._ids(_PROBE, {}), self._ids(_PROBE, {}, prompt=True)
+        except Exception:  # a template that refuses this one chat
+            return []
+        return through[len(before) :] if through[: len(before)] == before else []
+
+    def _through_header(self, ids: list[int]) -> list[int]:
+        """Return the tokens up to the assistant's first turn, which begins the chat."""
+        return ids[: next(iter(_ends_of(self._header, ids)), 0)]
+
+    def _without_headers(self, ids: list[int], mask: list[int]) -> list[int]:
+        """Unmark what is given when an answer is asked for: some of TRL's copies mark it, or its end."""
+        header = self._header
+        for start in [index for index, marked in enumerate(mask) if marked and not (index and mask[index - 1])]:
+            size = min(start, len(header))
+            while ids[start - size : start] != header[:size]:
+                size -= 1
+            for index, token in enumerate(header[size:], start=start):
+                if index == len(ids) or ids[index] != token or not mask[index]:
+                    break
+                mask[index] = 0
+        return mask
+
+    def with_contents(self, turns: list[Turn]) -> list[Turn]:
+        """Return the turns, with a content that the template can take where a call has none."""
+        return [turn if turn.get("content") is not None else {**turn, "content": self._no_content} for turn in turns]
+
+    @cached_property
+    def _no_content(self) -> str | None:
+        """How a call without a text is given: as null, unless the template would spell that, or lose the call."""
+        for content in (None, ""):
+            turn = {"role": "assistant", "content": content, "tool_calls": [_PROBE_CALL]}
+            try:
+                text = self._apply([*_PROBE, turn], tokenize=False)
+            except Exception:  # the other may do
+                continue
+            if "probe" in text and "None" not in text:
+                return content
+        return ""
+
+    def _require_tools(self, turns: list[Turn], options: dict[str, Any]) -> None:
+        """Check that tools, their calls and what they returned stand in the text."""
+        names = [tool["function"]["name"] for tool in options["tools"] or []]
+        names += [call["function"]["name"] for turn in turns for call in turn.get("tool_calls", [])]
+        returned = [str(turn["content"]).strip() for turn in turns if turn["role"] == "tool"]
+        if not names and not returned:
+            return
+        text = self._apply(turns, tokenize=False, **options)
+        for kind, wanted in (("the tool", names), ("what a tool returned,", returned)):
+            for value in wanted:
+                if value not in text and json.dumps(value)[1:-1] not in text and not _holds_parsed(text, value):
+                    raise LostToolsError(
+                        f"the chat template leaves out {kind} {value[:80]!r}: take a model whose template knows tools,"
+                        " or give --chat_template_path."
+                    )
+
+
+def _is_given(turn: Turn) -> bool:
+    """Whether a turn of the assistant is not learnt, as OpenAI's and axolotl's records say it."""
+    return turn["role"] == "assistant" and (turn.get("weight", 1) == 0 or turn.get("train", True) is False)
+
+
+def _ends_of(part: list[int], ids: list[int]) -> list[int]:
+    """Return where `part` ends in `ids`, each time."""
+    size = len(part)
+    return [index + size for index in range(len(ids) - size + 1) if size and ids[index : index + size] == part]
+
+
+def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return TRL's marked copy of the tokenizer's template, or None where it has marks itself or TRL has no copy."""
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except Exception:  # TRL has none; or its questions about tools break a template that never saw any
+        return None
+
+
+def _with_written_arguments(turn: Turn) -> Turn:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in turn.get("tool_calls", [])
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _holds_parsed(text: str, value: str) -> bool:
+    """Whether `text` has the keys and values of `value`, a JSON object that a template wrote in its own way."""
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return False
+    parts = (
+        [*parsed.keys(), *parsed.values()] if isinstance(parsed, dict) else parsed if isinstance(parsed, list) else []
+    )
+    return bool(parts) and all(isinstance(part, dict | list) or str(part) in text for part in parts)
