@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end training with a checkpoint (row 27), and resuming gives the run that was never stopped."""
 
+import os
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_tam.integrations.transformers.checkpoint import last_complete_checkpoint
+from recipes.support.causal_trainer import TokenWeightedTrainer
 from recipes.support.reporting import read_metrics
 from tests.recipes.conftest import EVALUATED, EXACT, LORA, recipe_command, recipe_environment
 
@@ -71,6 +73,7 @@ def stopped_run(output_dir, model, number):
     _, error = process.communicate(timeout=200)
     assert process.returncode == 128 + number, error[-2000:]
     assert "Traceback" not in error
+    assert f"{number.name}: stopping after this step, with a checkpoint; again to abort" in error
     (checkpoint,) = output_dir.glob("checkpoint-*")
     stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
     assert SIGNAL_AFTER <= stopped_at < NUM_STEPS
@@ -110,6 +113,33 @@ def test_ctrl_c_before_training_is_one_line(sft, monkeypatch):
     assert status == 130
     assert error == "interrupted outside training: no checkpoint was written\n"
     assert not sft.output_dir.exists()
+
+
+@pytest.mark.long
+def test_ctrl_c_in_an_evaluation_is_answered_at_once(sft, monkeypatch):
+    """And the evaluation goes on to its end, and the run to a checkpoint."""
+    evaluate, said, write = TokenWeightedTrainer.prediction_step, [], os.write
+    monkeypatch.setattr(os, "write", lambda file, text: said.append(text) if file == 2 else write(file, text))
+
+    def interrupt(trainer, *arguments, **options):
+        if trainer.state.global_step == 1 and not said:
+            signal.raise_signal(signal.SIGINT)
+            assert b"SIGINT: stopping after this step" in said[0]
+        return evaluate(trainer, *arguments, **options)
+
+    monkeypatch.setattr(TokenWeightedTrainer, "prediction_step", interrupt)
+    with pytest.raises(SystemExit) as leaving:
+        sft(
+            "--dataset_name",
+            "demo",
+            "--max_train_samples=24",
+            "--max_eval_samples=6",
+            "--eval_steps=1",
+            "--max_steps=5",
+        )
+    assert leaving.value.code == 130
+    assert len(said) == 1
+    assert list(sft.output_dir.glob("checkpoint-*"))
 
 
 def same_state(folder, other):
