@@ -59,12 +59,19 @@ def adjust(tokenizer: PreTrainedTokenizerBase, *, eos_token: str | None, templat
     """Give `tokenizer` another end of text and another chat template, where asked to; it is saved with them.
 
     Raises:
-        RecipeError: the tokenizer has no such token, or there is no such template.
+        RecipeError: the tokenizer has no such token, or none to end and to pad with, or there is no such template.
     """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise RecipeError(f"eos_token = {eos_token}: the tokenizer has no such token.")
         tokenizer.eos_token = eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise RecipeError(
+            "the tokenizer has neither a token for padding nor one for the end of a text: name one by --eos_token"
+            f" (its special tokens are {', '.join(tokenizer.all_special_tokens) or 'none'})."
+        )
     if template is not None:
         tokenizer.chat_template = load_template(template, tokenizer)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from datasets import Dataset
@@ -99,6 +100,36 @@ def test_template_of_another_tokenizer(tiny_model, tmp_path):
     other.save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"made of tokens that the model has no embedding for \(<\|turn\|>\)"):
         load_template(str(tmp_path), tokenizer)
+
+
+def changed_tokenizer(sft, folder, change):
+    tokenizer = AutoTokenizer.from_pretrained(sft.model)
+    change(tokenizer)
+    shutil.copytree(sft.model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokenizer_without_an_end_and_padding(sft, tmp_path):
+    def take_away(tokenizer):
+        tokenizer.eos_token = tokenizer.pad_token = None
+
+    folder = changed_tokenizer(sft, tmp_path / "model", take_away)
+    status, _, error = sft("--dataset_name", "demo", model=folder)
+    assert status == 1
+    assert "neither a token for padding nor one for the end of a text: name one by --eos_token" in error
+    assert not sft.output_dir.exists()
+    status, _, error = sft("--dataset_name=demo", "--eos_token=<|end|>", "--max_steps=1", model=folder)
+    assert status == 0, error
+
+
+def test_tokenizer_that_is_larger_than_the_embedding(sft, tmp_path):
+    folder = changed_tokenizer(sft, tmp_path / "model", lambda tokenizer: tokenizer.add_tokens(["<tool>"]))
+    path = write_lines(tmp_path / "x.jsonl", *([{"prompt": "a", "completion": " <tool>"}] * 8))
+    status, _, error = sft("--train_file", path, model=folder)
+    assert status == 1
+    assert re.search(r"the tokenizer makes token \d+ \('<tool>'\), and the model has \d+ embeddings", error)
+    assert not sft.output_dir.exists()
 
 
 @pytest.mark.long
