@@ -62,10 +62,17 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A data set of `input_ids` and `labels`, not padded, and what became of the records."""
+    """A data set of `input_ids` and `labels`, not padded, and what became of the records.
+
+    Attributes:
+        dataset: one row a record.
+        counts: of the records.
+        learns_users: whether what users write in chats is learnt like what the assistant does.
+    """
 
     dataset: Dataset
     counts: Counts
+    learns_users: bool = False
 
 
 def encode(
@@ -118,7 +125,8 @@ def encode(
     counts = _count(table, status, kept, limit)
     _warn_of_losses(records, table, status, counts, limit)
     dataset = table if len(kept) == len(table) else table.select(kept)
-    return Encoded(dataset.select_columns(["input_ids", "labels"]), counts)
+    learns_users = found.becomes == ("messages",) and not assistant_only_loss
+    return Encoded(dataset.select_columns(["input_ids", "labels"]), counts, learns_users)
 
 
 class Encoder:

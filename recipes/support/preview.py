@@ -13,6 +13,8 @@ _LONGEST_PIECE, _LONGEST = 240, 1200
 def describe(source: str, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, verdict: Verdict) -> str:
     """Return the first record with its targets between [[ and ]], whether it stops, and the counts."""
     lines = [f"first record of {source}, what is learnt between [[ and ]]:", _marked(encoded.dataset[0], tokenizer)]
+    if encoded.learns_users:
+        lines.append("every token is learnt, those of users too; --assistant_only_loss true: the assistant's alone")
     return "\n".join([*lines, f"stopping: {verdict.text}", _counted(encoded.counts)])
 
 

@@ -85,9 +85,10 @@ def test_bad_template_is_named(content, message, tokenizer, tmp_path):
 def test_template_is_saved_with_the_result(sft, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", *([{"messages": CHAT}] * 8))
     (tmp_path / "mine.jinja").write_text(GENERATION_TEMPLATE)
-    status, _, error = sft("--train_file", path, "--chat_template_path", tmp_path / "mine.jinja")
+    status, output, error = sft("--train_file", path, "--chat_template_path", tmp_path / "mine.jinja")
     assert status == 0, error
     assert AutoTokenizer.from_pretrained(sft.output_dir).chat_template == GENERATION_TEMPLATE
+    assert "every token is learnt, those of users too; --assistant_only_loss true" in output
 
 
 def test_template_of_another_tokenizer(tiny_model, tmp_path):
