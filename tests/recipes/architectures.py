@@ -16,6 +16,7 @@ from peft import TaskType
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
+from trl.trainer.utils import add_fused_lm_head
 
 from recipes.support import models
 from recipes.support.arguments import ModelArguments
@@ -295,3 +296,54 @@ def memory_in_gb(model: Any, lora: ModelArguments) -> float:
             if isinstance(module, nn.Linear | Conv1D) and module is not output and id(module.weight) in frozen:
                 frozen[id(module.weight)] = BYTES_OF_4_BITS * module.weight.numel()
     return (sum(frozen.values()) + 16 * trained) / 1e9
+
+
+def activations_in_gb(name: str, lora: ModelArguments, training: Any) -> float:
+    """What autograd keeps of a batch of records of `max_length`, counted on the real layers and not measured on a GPU.
+
+    Two and four layers of the real shapes are run on the CPU as TRL runs them, on 128 tokens; what is kept grows by
+    the same bytes with each layer and each token, since attention without a mask of its own keeps no square of them.
+    """
+    first, second = (_kept_bytes(name, lora, num_layers, autocast=bool(training.bf16)) for num_layers in (2, 4))
+    tokens = training.per_device_train_batch_size * training.max_length
+    layer, others = (second - first) / 2, 2 * first - second
+    config = ARCHITECTURES[name].config().get_text_config()
+    if training.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
+        size = 2 if lora.dtype == "bfloat16" else 4
+        return tokens * (config.num_hidden_layers * size * config.hidden_size + layer + others) / 1e9
+    return tokens * (config.num_hidden_layers * layer + others) / 1e9
+
+
+def _kept_bytes(name: str, lora: ModelArguments, num_layers: int, *, autocast: bool, num_tokens: int = 128) -> float:
+    """Bytes a token that a forward pass of a model of so many layers leaves for the backward pass."""
+    config = ARCHITECTURES[name].config()
+    text = config.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    # Of dropout in the attention a GPU keeps a seed; shared keys and values need more layers than these.
+    for part in ("attention_dropout", "attn_pdrop", "num_kv_shared_layers"):
+        if hasattr(text, part):
+            setattr(text, part, 0)
+    dtype = torch.float32 if lora.dtype == "float32" else torch.bfloat16
+    unquantized = dataclasses.replace(lora, load_in_4bit=False, use_bnb_nested_quant=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.config.use_cache = False
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        model = models.add_adapter(model, unquantized, TaskType.CAUSAL_LM)
+    model = model.to_empty(device="cpu").train()  # what the numbers are is nothing to what is kept
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    ids = torch.arange(num_tokens)[None] % text.vocab_size
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
+    return sum(storage.nbytes() for storage in kept.values()) / num_tokens
