@@ -269,7 +269,8 @@ def test_a_whole_run_ends_with_what_it_reports(path, train, tiny):
         CHAT, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
     )
     labels = tokens["input_ids"].masked_fill(tokens["assistant_masks"] == 0, -100)
-    with torch.no_grad():
+    # As the run evaluated.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=arguments.get("bf16", False)):
         loss = model.eval()(input_ids=tokens["input_ids"], labels=labels).loss.item()
     # The run rounded frozen weights to bfloat16, or to 4 bits.
     assert loss == pytest.approx(results["eval_loss"], rel={"full": 1e-4, "lora": 2e-2, "qlora": 0.1}[path.stem])
