@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,4 +347,6 @@ def _kept_bytes(name: str, lora: ModelArguments, num_layers: int, *, autocast: b
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(input_ids=ids, labels=ids, fused_lm_head=True)
+    del model
+    gc.collect()  # a model is a ring, and the next one of its size would not fit beside it
     return sum(storage.nbytes() for storage in kept.values()) / num_tokens
