@@ -12,7 +12,7 @@ from hf_tam.integrations.autoload import install
 # `typing` and `importlib` would take longer to import than everything else here.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hf_tam.checkpoint import export_torch_state_dict
+    from hf_tam.export import export_torch_state_dict
     from hf_tam.integrations.transformers.torque_callback import TorqueCallback
     from hf_tam.optim import TAM, AdaTAM, AdaTAMW
 
@@ -23,7 +23,7 @@ _HOMES = {
     "AdaTAM": "hf_tam.optim",
     "TAM": "hf_tam.optim",
     "TorqueCallback": "hf_tam.integrations.transformers.torque_callback",
-    "export_torch_state_dict": "hf_tam.checkpoint",
+    "export_torch_state_dict": "hf_tam.export",
 }
 
 

@@ -1,4 +1,4 @@
-"""Between our state_dicts and those of torch.optim: which are accepted, how they are taken over, and the way back.
+"""Between our state_dicts and those of torch.optim: which are accepted, and how they are taken over.
 
 In AdamW's terms m = exp_avg / (2 (1 - beta1)), in SGD's m = momentum_buffer / 2: the factor that makes a neutral angle
 (c = 1/2) plain AdamW or SGD. With step_size="adamw" or "sgd" our moment is theirs; with "paper" it is m itself.
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_tam.family import Member, member_in
-from hf_tam.hyperparameters import HYPERPARAMETERS
+from hf_tam.family import CORRECTION, Member, is_corrected, moment_dtype
 from hf_tam.saved_groups import adapt_group, is_literal, refuse_others
 from hf_tam.sharding import Reducer, device_of
 from hf_tam.step import buffers
@@ -60,7 +59,7 @@ def adapt(optimizer: Member, state_dict: dict[str, Any]) -> Adapted:
     for group, saved in zip(groups, saved_groups, strict=True):
         refuse_others(optimizer, saved)
         literal = is_literal(optimizer, group, saved)
-        adapter = _StateAdapter(optimizer, {**group, **saved}, literal=literal, from_table=TABLE in saved)
+        adapter = _StateAdapter(optimizer, group, {**group, **saved}, literal=literal, from_table=TABLE in saved)
         for key, param in zip(saved["params"], group["params"], strict=True):
             where = _describe(next(names), key, param)
             if key in source and key not in states:  # a parameter may stand in the groups twice
@@ -126,7 +125,8 @@ def _require_lengths(here: list[int], saved: list[int]) -> None:
     )
 
 
-def _params(optimizer: Member) -> list[Tensor]:
+def params_of(optimizer: Member) -> list[Tensor]:
+    """All parameters, in the order of the groups."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
@@ -139,18 +139,27 @@ class _StateAdapter:
 
     Args:
         optimizer: Whose they become.
-        group: The saved group, completed by the one that it replaces.
+        requested: The group that the saved one replaces.
+        group: The saved group, completed by that.
         literal: Whether the moments are to be the paper's own.
         from_table: Whether a table in the saved group has the scalar states.
     """
 
-    def __init__(self, optimizer: Member, group: dict[str, Any], *, literal: bool, from_table: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Member,
+        requested: dict[str, Any],
+        group: dict[str, Any],
+        *,
+        literal: bool,
+        from_table: bool,
+    ) -> None:
         self._name, self._moments = type(optimizer).__name__, optimizer.family.moments
         self._literal, self._from_table = literal, from_table
         self._flat = optimizer.logical.is_partitioned(optimizer.param_groups)
         self._defaults = optimizer.family.foreign_scalars({**group, "step_size": "paper" if literal else "adamw"})
-        self._adaptive = "exp_avg" in optimizer.family.moments
-        self.known = {*optimizer.family.moments, *optimizer.family.scalar_states}
+        self._adaptive, self._requested = "exp_avg" in optimizer.family.moments, requested
+        self.known = {*optimizer.family.moments, *optimizer.family.scalar_states, CORRECTION}
 
     def adapt(self, state: Mapping[str, Any], param: Tensor, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state for torch.optim.Optimizer.load_state_dict, and what of it that must not cast."""
@@ -162,12 +171,17 @@ class _StateAdapter:
             return {}, {}
         self._require_complete(state, where)
         adapted = {key: self._moment(state, key, param, where) for key in self._moments}
+        dtype = moment_dtype(self._requested, param)
+        # torch would make them the parameter's dtype.
+        apart = {} if dtype == param.dtype else {key: moment.to(dtype) for key, moment in adapted.items()}
+        if is_corrected(self._requested, param) and state.get(CORRECTION) is not None:
+            apart[CORRECTION] = adapted[CORRECTION] = self._correction(state, param, where)
         scalars = self._scalars(state, param, where)
         others = {key: value for key, value in state.items() if key not in self.known}
         # torch calls the type of whatever it can iterate over, and so makes "<generator object ...>" of a text.
         opaque = {key: value for key, value in others.items() if not isinstance(value, (Tensor, dict, list, tuple))}
         castable = {key: value for key, value in others.items() if key not in opaque}
-        return {**adapted, **scalars, **castable}, {**scalars, **opaque}
+        return {**adapted, **scalars, **castable}, {**apart, **scalars, **opaque}
 
     def _require_complete(self, state: Mapping[str, Any], where: str) -> None:
         """SGD keeps no step, and no buffer before the first one; Adam keeps all."""
@@ -191,8 +205,26 @@ class _StateAdapter:
         moment = state.get(key)
         if moment is None:
             return torch.zeros_like(param, memory_format=torch.preserve_format)
+        moment = self._like(moment, key, param, where)
+        if key == "momentum_buffer" and self._literal and self._is_sgds(state):
+            return moment / moment_unit(0.0, averaged=False)
+        return moment.resolve_conj().resolve_neg()  # what is to be negated when it is read, kernels would not
+
+    def _correction(self, state: Mapping[str, Any], param: Tensor, where: str) -> Tensor:
+        correction = self._like(state[CORRECTION], CORRECTION, param, where)
+        if correction.dtype != torch.int16:
+            raise ValueError(
+                f"the saved {CORRECTION} of {where} is {correction.dtype}, and its bits are torch.int16: whoever "
+                "converted it has lost them; leave it out of the state to begin it anew"
+            )
+        return correction
+
+    @staticmethod
+    def _like(moment: Any, key: str, param: Tensor, where: str) -> Tensor:
+        """A saved state that must lie as the parameter does."""
         if not isinstance(moment, Tensor):
             moment = torch.tensor(moment, device=param.device)
+        assert isinstance(moment, Tensor)
         if type(moment) not in (Tensor, nn.Parameter, type(param)):  # a quantised one has no memory to be written to
             raise ValueError(
                 f"the saved {key} of {where} is a {type(moment).__name__}: torch.optim's and these optimizers keep "
@@ -206,9 +238,7 @@ class _StateAdapter:
                 f"the saved {key} of {where} is not sharded as the parameter is; load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        if key == "momentum_buffer" and self._literal and self._is_sgds(state):
-            return moment / moment_unit(0.0, averaged=False)
-        return moment.resolve_conj().resolve_neg()  # what is to be negated when it is read, kernels would not
+        return moment
 
     def _is_sgds(self, state: Mapping[str, Any]) -> bool:
         """Whether torch.optim.SGD made the state; see `_scalars` for one of ours that is fresh."""
@@ -250,15 +280,17 @@ class _StateAdapter:
 
 @torch.inference_mode(False)  # tensors made in that mode cannot be stepped outside of it
 def restore(optimizer: Member, adapted: Adapted) -> None:
-    """Put back what torch.optim casts while loading: the scalar states, and values of others' that are no tensors.
+    """Put back what torch.optim casts while loading: dtypes of our own, and others' values.
 
     1,000,001 steps became 999,424 and an fp32 torque a bf16 one in a bf16 model (torch 2.13, optim/optimizer.py).
     """
     keys = chain.from_iterable(group["params"] for group in adapted.state_dict["param_groups"])
-    for key, param in zip(keys, _params(optimizer), strict=True):
+    for key, param in zip(keys, params_of(optimizer), strict=True):
         for name, value in adapted.kept.get(key, {}).items():
             if name in optimizer.family.scalar_states:
                 value = value.to(device=param.device, dtype=torch.float32, copy=True)
+            elif name == CORRECTION or name in optimizer.family.moments:
+                value = value.to(device=param.device)
             optimizer.state[param][name] = value
 
 
@@ -267,7 +299,8 @@ def share_scalars(optimizer: Member, reducer: Reducer) -> None:
 
     Communication: that of `Reducer.share`; every rank of a shard group must call it.
     """
-    params, keys = _params(optimizer), optimizer.family.scalar_states
+    params, keys = params_of(optimizer), optimizer.family.scalar_states
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
 
     def numbers() -> Tensor:
         device = device_of(params)
@@ -278,9 +311,9 @@ def share_scalars(optimizer: Member, reducer: Reducer) -> None:
         return torch.stack([torch.stack(row) for row in rows])
 
     shared = reducer.share(numbers)
-    for param, row in zip(params, [] if shared is None else shared.unbind(), strict=shared is not None):
+    for param, group, row in zip(params, groups, [] if shared is None else shared.unbind(), strict=shared is not None):
         if not optimizer.state.get(param) and row.isfinite().all():
-            optimizer.family.complete(optimizer.state[param], param, optimizer.param_groups[0])
+            optimizer.family.complete(optimizer.state[param], param, group)
             for key, number in zip(keys, row, strict=True):
                 optimizer.state[param][key].copy_(number)
 
@@ -294,95 +327,21 @@ def finish(optimizer: Member, packed: dict[str, Any]) -> None:
         count = len(optimizer.logical.names(optimizer.param_groups))
         buffers.save_table(packed, stepped, count=count, scalar_states=optimizer.family.scalar_states)
     else:
-        _complete(optimizer, packed)
+        complete_states(optimizer, packed)
 
 
-def _complete(optimizer: Member, state_dict: dict[str, Any]) -> None:
+def complete_states(optimizer: Member, state_dict: dict[str, Any]) -> None:
     """Where there are DTensors, give the parameters that have none a state of zeros, as their first step would.
 
     A parameter that got no gradient yet (an expert without a token) has no state, but whoever loads the checkpoint
     with torch.distributed.checkpoint asks for one, and fails (torch 2.13; torch.optim.AdamW's checkpoints too).
     """
-    params = _params(optimizer)
+    params = params_of(optimizer)
     if not state_dict["state"] or not any(hasattr(param, "placements") for param in params):
         return
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    for key, param in zip(keys, params, strict=True):
+    groups = (group for group in optimizer.param_groups for _ in group["params"])
+    for key, param, group in zip(keys, params, groups, strict=True):
         if not state_dict["state"].get(key) and param.requires_grad:
             state_dict["state"][key] = {}
-            optimizer.family.complete(state_dict["state"][key], param, optimizer.param_groups[0])
-
-
-def export_torch_state_dict(optimizer: Any) -> dict[str, Any]:
-    """The state as torch.optim's counterpart loads it: AdamW's of AdaTAMW, Adam's of AdaTAM, SGD's of TAM.
-
-    The torque is left behind. Moments are new tensors in the parameter's dtype. Hooks of state_dict() are not run. No
-    communication.
-
-    Args:
-        optimizer: One of this package's optimizers, or what accelerate or DeepSpeed have wrapped around one.
-
-    Returns:
-        A state_dict for torch.optim.AdamW, Adam or SGD.
-
-    Raises:
-        TypeError: `optimizer` is none of ours.
-        RuntimeError: DeepSpeed ZeRO keeps the state, in flat buffers that torch.optim has no form of.
-    """
-    given, optimizer = optimizer, member_in(optimizer)
-    if optimizer is None:
-        raise TypeError(f"export_torch_state_dict takes an optimizer of hf_tam, got {type(given).__name__}")
-    if optimizer.logical.is_partitioned(optimizer.param_groups):
-        raise RuntimeError(
-            "export_torch_state_dict: under DeepSpeed ZeRO the state lies in flat buffers, each with a step and a "
-            "scale for every tensor in it, of which torch.optim has no form; go on with hf_tam's optimizer"
-        )
-    packed = _pack(optimizer)
-    states, known = {}, {*optimizer.family.moments, *optimizer.family.scalar_states}
-    for group in packed["param_groups"]:
-        for key in group["params"]:
-            if packed["state"].get(key):
-                states[key] = _export_state(packed["state"][key], group, known)
-    return {"state": states, "param_groups": [_export_group(group, optimizer) for group in packed["param_groups"]]}
-
-
-def _pack(optimizer: Member) -> dict[str, Any]:
-    """What torch.optim.Optimizer.state_dict returns, whatever hooks make of it."""
-    keys: dict[Tensor, int] = {}
-    for position, param in enumerate(_params(optimizer)):
-        keys.setdefault(param, position)
-    groups = [{**group, "params": [keys[param] for param in group["params"]]} for group in optimizer.param_groups]
-    packed = {
-        "state": {key: optimizer.state[param] for param, key in keys.items() if param in optimizer.state},
-        "param_groups": groups,
-    }
-    _complete(optimizer, packed)
-    return packed
-
-
-def _export_state(state: dict[str, Any], group: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    literal = group["step_size"] == "paper"
-    others = {key: value for key, value in state.items() if key not in known}
-    if "momentum_buffer" in state:
-        unit = moment_unit(group["momentum"], averaged=False) if literal else 1.0
-        return {"momentum_buffer": state["momentum_buffer"] * unit, **others}
-    scale = state["exp_avg_scale"] * (moment_unit(group["betas"][0], averaged=True) if literal else 1.0)
-    # Where torch expects it: see its note [special device hosting for step] (torch/optim/optimizer.py).
-    on_device = group["capturable"] or group["fused"]
-    return {
-        "step": state["step"].clone() if on_device else state["step"].cpu(),
-        "exp_avg": state["exp_avg"] * scale,
-        "exp_avg_sq": state["exp_avg_sq"].clone(),
-        **others,
-    }
-
-
-def _export_group(group: dict[str, Any], optimizer: Member) -> dict[str, Any]:
-    ours = {name for name, known in HYPERPARAMETERS.items() if not known.is_torchs}
-    exported = {key: value for key, value in group.items() if key not in ours}
-    # torch knows `capturable` on accelerators only; ours works everywhere.
-    exported["capturable"] &= any(param.device.type != "cpu" for param in _params(optimizer))
-    if "betas" in exported:
-        return {**exported, "amsgrad": False, "differentiable": False}
-    del exported["capturable"]
-    return {**exported, "dampening": 0.0, "nesterov": False, "differentiable": False}
+            optimizer.family.complete(state_dict["state"][key], param, group)

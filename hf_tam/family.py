@@ -20,7 +20,7 @@ class Family:
 
     Attributes:
         name: The optimizer's name.
-        moments: State keys of the moments, which have the parameter's shape, dtype and layout.
+        moments: State keys of the moments, which have the parameter's shape and layout, and `moment_dtype`.
         scalar_states: State keys that hold one fp32 number a tensor.
         coupled: Whether weight decay is part of the gradient.
         numbers: What the step wants of a param group.
@@ -62,10 +62,27 @@ class Family:
         for key, number in scalars.items():
             if state.get(key) is None:
                 state[key] = torch.full(shape, number, dtype=torch.float32, device=param.device)
-        for key in self.moments:
+        dtypes = dict.fromkeys(self.moments, moment_dtype(group, param))
+        if is_corrected(group, param):
+            dtypes[CORRECTION] = torch.int16
+        for key, dtype in dtypes.items():
             if state.get(key) is None:
                 # In the parameter's memory order: kernels walk all of them by one index.
-                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+CORRECTION = "param_correction"
+"""State key of what a bfloat16 parameter leaves out of its weight, see `hf_tam.precision`; of the group as well."""
+
+
+def is_corrected(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether what a parameter leaves out of its weight is kept."""
+    return group[CORRECTION] is not None and param.dtype == torch.bfloat16
+
+
+def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """What the moments of a parameter are kept in: wider than it, never narrower."""
+    return param.dtype if group["state_bits"] is None else torch.promote_types(param.dtype, torch.float32)
 
 
 _MOST_WRAPPERS = 3  # accelerate's around DeepSpeed's around the optimizer

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SCOPES = ("tensor", "model")
 NONFINITE = ("skip", "raise", "propagate")
+PARAM_CORRECTIONS = ("bits16",)
+STATE_BITS = (32,)
 ADAPTIVE_STEP_SIZES = ("adamw", "paper")
 MOMENTUM_STEP_SIZES = ("sgd", "paper")
 
@@ -142,6 +144,16 @@ def _max_grad_norm(name: str, value: object) -> None:
             _refuse(name, value, "None or a finite number > 0")
 
 
+def _param_correction(name: str, value: object) -> None:
+    if value is not None and value not in PARAM_CORRECTIONS:
+        _refuse(name, repr(value), f"None or one of {', '.join(map(repr, PARAM_CORRECTIONS))}")
+
+
+def _state_bits(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or value not in STATE_BITS):
+        _refuse(name, value, f"None or {' or '.join(map(str, STATE_BITS))}")
+
+
 def _optional_flag(name: str, value: object) -> None:
     if value is not None and not isinstance(value, bool):
         _refuse(name, value, "True, False or None")
@@ -195,6 +207,8 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "torque_steps": Hyperparameter(_torque_steps, "optional integer", is_agreed=True, is_torchs=False),
     "nonfinite": Hyperparameter(_one_of(*NONFINITE), "word", is_agreed=True, is_torchs=False),
     "max_grad_norm": Hyperparameter(_max_grad_norm, is_agreed=True, is_torchs=False),
+    "param_correction": Hyperparameter(_param_correction, "optional word", is_agreed=True, is_torchs=False),
+    "state_bits": Hyperparameter(_state_bits, "optional integer", is_agreed=True, is_torchs=False),
     "maximize": Hyperparameter(_flag, "flag"),
     "foreach": Hyperparameter(_optional_flag, "optional flag"),
     "fused": Hyperparameter(_optional_flag, "optional flag", "adam"),

@@ -23,8 +23,8 @@ class _Adaptive(TorqueAware):
     """The Adam forms. State: `step`, `exp_avg`, `exp_avg_scale`, `exp_avg_sq`, `torque`.
 
     The first moment is kept normalised: AdamW's exp_avg (with step_size="paper" the paper's m) is
-    `exp_avg * exp_avg_scale`. `exp_avg` and `exp_avg_sq` have the parameter's dtype and layout, the others are 0-d
-    fp32.
+    `exp_avg * exp_avg_scale`. `exp_avg` and `exp_avg_sq` have the parameter's layout and, without `state_bits`, its
+    dtype; `param_correction` is int16 and of that layout too, the others are 0-d fp32.
     """
 
     step_sizes = ADAPTIVE_STEP_SIZES
@@ -71,6 +71,11 @@ class AdaTAMW(_Adaptive):
             groups. The norm is taken over the parameters of *this* optimizer, and refused as scope "model" is. Tensors
             that `nonfinite="skip"` leaves out do not count. The gradients may be left clipped or not. With coupled
             weight decay the norm is taken first, in a walk and a reduction of its own. None: no clipping.
+        param_correction: "bits16": of a bfloat16 parameter, keep what it leaves out of the fp32 weight in 16 bits of
+            state, so that the two together are that weight, to the bit (`hf_tam.precision`). Without it most steps of
+            a fine-tuning's size round to nothing in bfloat16. Parameters of other dtypes have none. None: no
+            correction.
+        state_bits: 32: keep the moments in fp32, whatever the parameter's dtype. None: in the parameter's.
         maximize: Ascend instead of descend.
         foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels.
         fused: Use the fused backend. None: on the CPU, and on accelerators that Triton compiles for.
@@ -101,6 +106,8 @@ class AdaTAMW(_Adaptive):
         torque_steps: int | None = None,
         nonfinite: Nonfinite = "skip",
         max_grad_norm: float | None = None,
+        param_correction: Literal["bits16"] | None = None,
+        state_bits: Literal[32] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -137,6 +144,8 @@ class AdaTAM(_Adaptive):
         torque_steps: int | None = None,
         nonfinite: Nonfinite = "skip",
         max_grad_norm: float | None = None,
+        param_correction: Literal["bits16"] | None = None,
+        state_bits: Literal[32] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -167,6 +176,8 @@ class TAM(TorqueAware):
         torque_steps: See `AdaTAMW`.
         nonfinite: See `AdaTAMW`.
         max_grad_norm: See `AdaTAMW`.
+        param_correction: See `AdaTAMW`.
+        state_bits: See `AdaTAMW`.
         maximize: Ascend instead of descend.
         foreach: Use the multi-tensor backend. None: on accelerators without Triton kernels; the CPU uses torch's
             fused SGD kernel.
@@ -195,6 +206,8 @@ class TAM(TorqueAware):
         torque_steps: int | None = None,
         nonfinite: Nonfinite = "skip",
         max_grad_norm: float | None = None,
+        param_correction: Literal["bits16"] | None = None,
+        state_bits: Literal[32] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:

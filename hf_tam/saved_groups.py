@@ -13,8 +13,9 @@ from hf_tam.family import Member
 from hf_tam.hyperparameters import plain, validate, validate_step_size
 from hf_tam.step.buffers import TABLE
 
-_CONSTRUCTORS = ("foreach", "fused", "capturable", "max_grad_norm")
-"""How the step is executed, and whether it clips, is the constructor's to say, whatever made a checkpoint."""
+_CONSTRUCTORS = ("foreach", "fused", "capturable", "max_grad_norm", "param_correction", "state_bits")
+"""How the step is executed and its states are kept, and whether it clips, is the constructor's to say, whatever made a
+checkpoint."""
 _TORCH_ONLY = ("amsgrad", "differentiable", "nesterov", "dampening")
 _OWN_RATES = {"max_lr", "swa_lr"}
 """With these in a group OneCycleLR, CyclicLR and SWALR set their own learning rates, whatever was requested."""

@@ -14,13 +14,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_tam import checkpoint
 from hf_tam.family import Family
 from hf_tam.hyperparameters import plain_numbers, validate, validate_step_size
-from hf_tam.integrations.torch_private import is_sliced
+from hf_tam.integrations.torch_private import is_flat, is_sliced
 from hf_tam.sharding import Agreement, LogicalTensors, Reducer, Stepped, device_of
 from hf_tam.step import buffers, guards
 from hf_tam.step.pipeline import Pipeline
 from hf_tam.step.telemetry import Telemetry
 
-_ADDED = {"max_grad_norm": None}
+_ADDED = {"max_grad_norm": None, "param_correction": None, "state_bits": None}
 """Hyperparameters that a pickle of an earlier version lacks, with what that did."""
 
 
@@ -181,6 +181,8 @@ class TorqueAware(Optimizer, ABC):
             reducer = self.logical.select(params, groups)
         if not reducer.sees_all:
             self._refuse_shared_angle()
+        if not self.state:
+            self._refuse_corrections()
         # Not in load_state_dict, which communicates as little as torch's: it is at a step that all ranks come.
         if self._just_loaded:
             checkpoint.share_scalars(self, reducer)
@@ -221,6 +223,24 @@ class TorqueAware(Optimizer, ABC):
                 "and a sub_group_size larger than the model"
             )
 
+    def _refuse_corrections(self) -> None:
+        """Where they could not be saved."""
+        for group in self.param_groups:
+            for param in group["params"] if group["param_correction"] is not None else ():
+                if param.dtype != torch.bfloat16:
+                    continue
+                # One dtype of all states of a unit (torch 2.13, fsdp/_optim_utils.py, _convert_all_state_info).
+                if is_sliced(param) or is_flat(param):
+                    keeper = "FSDP1 saves no optimizer state of 16-bit integers: use FSDP2 (fsdp_version: 2)"
+                elif self.logical.is_partitioned(self.param_groups):
+                    keeper = "DeepSpeed ZeRO's flat buffers keep fp32 weights themselves: train those"
+                else:
+                    continue
+                raise RuntimeError(
+                    f"param_correction={group['param_correction']!r} cannot be used here: {keeper}, or leave it out "
+                    "and train fp32 weights under bf16 mixed precision"
+                )
+
     def _max_grad_norm(self) -> float | None:
         limit = guards.common_limit(self.param_groups)
         if limit is not None and self.logical.is_partitioned(self.param_groups):
@@ -242,7 +262,7 @@ class TorqueAware(Optimizer, ABC):
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """State keys of the moments, which have the parameter's shape and dtype."""
+        """State keys of the moments, which have the parameter's shape and, without `state_bits`, its dtype."""
         return self.family.moments
 
     @property
@@ -259,8 +279,9 @@ class TorqueAware(Optimizer, ABC):
         """Load a state_dict of this class, or of its torch.optim counterpart. No communication.
 
         torch.optim.AdamW's state (for AdaTAM Adam's, for TAM SGD's) is taken over exactly, with the torque at 0.
-        `foreach`, `fused`, `capturable` and `max_grad_norm` stay the constructor's; other hyperparameters are the
-        saved ones, with a warning where that overrides a requested value: for what a schedule moves, another one to
+        `foreach`, `fused`, `capturable`, `max_grad_norm`, `param_correction` and `state_bits` stay the constructor's,
+        and states are converted to them; other hyperparameters are the saved ones, with a warning where that overrides
+        a requested value: for what a schedule moves, another one to
         start from (`initial_lr`). A learning rate that no scheduler has noted is the saved one without a word.
 
         What else stands in states, groups and beside the parameters is kept, and saved again. Moments are shared with

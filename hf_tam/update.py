@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_tam.precision import joined, split
+
 Scalar = float | Tensor
 """A Python number, or a 0-d tensor on the parameter's device where the host must not read it."""
 
@@ -304,22 +306,22 @@ def adam_step(
     second_weight: Scalar,
     step_size: Scalar,
     eps: Scalar,
+    correction: Tensor | None = None,
 ) -> None:
-    """One adaptive step of one tensor: changes `param`, `exp_avg` and `exp_avg_sq` in place.
+    """One adaptive step of one tensor: changes `param`, `exp_avg`, `exp_avg_sq` and `correction` in place.
 
-    All four tensors have the same shape and any strides. Computed in the widest of their dtypes, fp32 at least, and
-    rounded once.
+    All tensors have the same shape and any strides. Computed in the widest of their dtypes, fp32 at least, and rounded
+    once. With a correction (see `hf_tam.precision`) the weights are what it and the parameter are together.
     """
     stored = (param, exp_avg, exp_avg_sq)
     dtype = _working_dtype(*stored, grad)
     if any(tensor.dtype != dtype for tensor in (*stored, grad)):
-        work = [tensor.to(dtype) for tensor in stored]
+        work = _widened(stored, correction, dtype)
         adam_step(
             work[0], grad.to(dtype), work[1], work[2], decay=decay, first_weight=first_weight,
             second_decay=second_decay, second_weight=second_weight, step_size=step_size, eps=eps,
         )  # fmt: skip
-        for tensor, result in zip(stored, work, strict=True):
-            tensor.copy_(result)
+        _store(work, stored, correction)
         return
     param.mul_(decay)
     # torch.lerp takes a tensor weight only in the dtype of its operands
@@ -331,22 +333,43 @@ def adam_step(
 
 
 def sgd_step(
-    param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, momentum: Scalar, gain: Scalar, step_size: Scalar
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    momentum: Scalar,
+    gain: Scalar,
+    step_size: Scalar,
+    correction: Tensor | None = None,
 ) -> None:
     """One momentum step of one tensor: m_t = momentum m_{t-1} + gain g_t, then param -= step_size m_t, in place.
 
-    The three tensors have the same shape and any strides. Computed in the widest of their dtypes, fp32 at least, and
-    rounded once.
+    As `adam_step`, shapes and dtypes alike.
     """
-    dtype = _working_dtype(param, momentum_buffer, grad)
-    if any(tensor.dtype != dtype for tensor in (param, momentum_buffer, grad)):
-        work = [tensor.to(dtype) for tensor in (param, momentum_buffer)]
+    stored = (param, momentum_buffer)
+    dtype = _working_dtype(*stored, grad)
+    if any(tensor.dtype != dtype for tensor in (*stored, grad)):
+        work = _widened(stored, correction, dtype)
         sgd_step(work[0], grad.to(dtype), work[1], momentum=momentum, gain=gain, step_size=step_size)
-        param.copy_(work[0])
-        momentum_buffer.copy_(work[1])
+        _store(work, stored, correction)
         return
     momentum_buffer.mul_(momentum).add_(grad * gain)
     param.sub_(momentum_buffer * step_size)
+
+
+def _widened(stored: Sequence[Tensor], correction: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The weights and moments to compute with."""
+    first = stored[0] if correction is None else joined(stored[0], correction)
+    return [first.to(dtype), *(tensor.to(dtype) for tensor in stored[1:])]
+
+
+def _store(work: Sequence[Tensor], stored: Sequence[Tensor], correction: Tensor | None) -> None:
+    if correction is None:
+        stored[0].copy_(work[0])
+    else:
+        split(work[0], stored[0], correction)
+    for tensor, result in zip(stored[1:], work[1:], strict=True):
+        tensor.copy_(result)
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:

@@ -26,8 +26,10 @@ def hand(params, grads, firsts, seconds, *, known=None, numbers=None, groups=Non
     """`Tensors` of these lists; `options` are those of `numbers_of`."""
     if numbers is None:
         numbers = [numbers_of(adaptive=bool(seconds), **options)]
-    tensors = Tensors(params, grads, firsts, seconds, numbers, groups or [0] * len(params), maximize)
-    tensors.memory, tensors.fits = look(params, grads, firsts, seconds, known=known, name=str)
+    tensors = Tensors(
+        params, grads, firsts, seconds, numbers=numbers, groups=groups or [0] * len(params), maximize=maximize
+    )
+    tensors.memory, tensors.fits = look(tensors, known=known, name=str)
     return tensors
 
 

@@ -13,15 +13,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of the package, besides itself and what `LEAVES` names.
 ALLOWED = {
-    "update": set(),
+    "precision": set(),
+    "update": {"precision"},
     "hyperparameters": set(),
     "_version": set(),
-    "backends": {"update"},
+    "backends": {"update", "precision"},
     "sharding": {"update", "hyperparameters"},
     "family": {"update", "sharding"},
     "step": {"update", "hyperparameters", "family", "backends", "sharding"},
     "saved_groups": {"family", "hyperparameters", "step"},
     "checkpoint": {"update", "hyperparameters", "family", "sharding", "step", "saved_groups"},
+    "export": {"update", "hyperparameters", "family", "checkpoint"},
     "torque_aware": {"family", "sharding", "step", "checkpoint", "hyperparameters"},
     "optim": {"update", "family", "hyperparameters", "torque_aware"},
     "torque_log": {"integrations"},  # to look inside what wraps an optimizer

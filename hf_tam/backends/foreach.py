@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_tam.backends.single import columns_of, gradient, one_pass, partial_sums
 from hf_tam.backends.tensors import Tensors
+from hf_tam.precision import split
 from hf_tam.update import AdamCoefficients, Coefficients, Scalar
 
 __all__ = ["one_pass", "partial_sums", "update"]
@@ -34,7 +35,13 @@ def update(
         stored = [[held[at] for at in places] for held in (tensors.params, tensors.firsts, tensors.seconds) if held]
         dtype = _working_dtype(tensors, places[0])
         work = [[tensor.to(dtype) for tensor in held] for held in stored]
+        if tensors.corrections:
+            work[0] = [tensors.weights(at) for at in places]
         run(work, [grad.to(dtype) for grad in grads], _picked(columns, places, dtype))
+        if tensors.corrections:
+            for at, weights in zip(places, work[0], strict=True):
+                split(weights, tensors.params[at], tensors.corrections[at])
+            del stored[0], work[0]
         for held, results in zip(stored, work, strict=True):
             if any(tensor is not result for tensor, result in zip(held, results, strict=True)):
                 torch._foreach_copy_(held, results)

@@ -47,10 +47,12 @@ def update(
 
 def update_tensor(tensors: Tensors, at: int, grad: Tensor, row: Mapping[str, Scalar]) -> None:
     """Update one of the tensors by its row of the coefficients."""
+    correction = tensors.corrections[at] if tensors.corrections else None
     if tensors.seconds:
-        formulas.adam_step(tensors.params[at], grad, tensors.firsts[at], tensors.seconds[at], **row)
+        first, second = tensors.firsts[at], tensors.seconds[at]
+        formulas.adam_step(tensors.params[at], grad, first, second, **row, correction=correction)
     else:
-        formulas.sgd_step(tensors.params[at], grad, tensors.firsts[at], **row)
+        formulas.sgd_step(tensors.params[at], grad, tensors.firsts[at], **row, correction=correction)
 
 
 def columns_of(coefficients: Coefficients, *, on_host: bool) -> Mapping[str, Sequence[Scalar]]:

@@ -20,9 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_tam.integrations.torch_private import has_no_memory, is_written_outside_inference_mode
+from hf_tam.precision import joined
 from hf_tam.update import Numbers
 
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+
+
+Dtypes = tuple[torch.dtype, torch.dtype]
+"""Of a parameter, and of its moments."""
 
 
 @dataclass(slots=True)
@@ -34,9 +39,11 @@ class Tensors:
         grads: The gradients as the backward pass left them.
         firsts: The first moments (`exp_avg` or `momentum_buffer`).
         seconds: The second moments; empty for TAM.
+        corrections: What the parameters leave out of the weights, see `hf_tam.precision`; empty without.
         numbers: The hyperparameters of each param group they come from.
         groups: The place in `numbers` of each tensor.
         maximize: Whether the sign of the gradients is turned.
+        moment_dtype: What the moments are kept in; None: as the parameter.
         memory: What is known of where parameters and moments lie.
         fits: For each gradient whether it is a plain tensor that lies as its parameter does; None where all do.
         captured: What CUDA graphs go on reading; lives as long as the optimizer.
@@ -46,9 +53,11 @@ class Tensors:
     grads: list[Tensor] = field(default_factory=list)
     firsts: list[Tensor] = field(default_factory=list)
     seconds: list[Tensor] = field(default_factory=list)
+    corrections: list[Tensor] = field(default_factory=list)
     numbers: list[Numbers] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     maximize: bool = False
+    moment_dtype: torch.dtype | None = None
     memory: Memory = field(init=False)
     fits: list[bool] | None = None
     captured: list[Any] = field(default_factory=list)
@@ -71,34 +80,38 @@ class Tensors:
         if decay == 0.0 and not self.maximize:
             return raw
         grad = raw.neg() if self.maximize else raw
-        return grad.add(self.params[at], alpha=decay) if decay else grad  # 0 * Inf would be NaN
+        return grad.add(self.weights(at), alpha=decay) if decay else grad  # 0 * Inf would be NaN
+
+    def weights(self, at: int) -> Tensor:
+        """The weights at a place, fp32 where a correction belongs to them."""
+        return joined(self.params[at], self.corrections[at]) if self.corrections else self.params[at]
 
     def only(self, places: Sequence[int]) -> Tensors:
         """Some of them."""
-        held = (self.params, self.grads, self.firsts, self.seconds)
-        params, grads, firsts, seconds = ([column[at] for at in places] if column else [] for column in held)
+        held = (self.params, self.grads, self.firsts, self.seconds, self.corrections)
+        params, grads, firsts, seconds, corrections = ([each[at] for at in places] if each else [] for each in held)
         chosen = Tensors(
-            params, grads, firsts, seconds, self.numbers, [self.groups[at] for at in places], self.maximize,
-            captured=self.captured,
+            params, grads, firsts, seconds, corrections, self.numbers, [self.groups[at] for at in places],
+            self.maximize, self.moment_dtype, captured=self.captured,
         )  # fmt: skip
-        chosen.memory, chosen.fits = look(params, grads, firsts, seconds, known=None, name=str)
+        chosen.memory, chosen.fits = look(chosen, known=None, name=str)
         return chosen
 
     def as_real(self) -> None:
         """Let complex tensors appear as their real view; a gradient that is conjugated when it is read is a copy."""
         self.grads = [grad.resolve_conj() for grad in self.grads]
-        for held in (self.params, self.grads, self.firsts, self.seconds):
+        for held in (self.params, self.grads, self.firsts, self.seconds):  # no correction is complex
             held[:] = [torch.view_as_real(each) if each.is_complex() else each for each in held]
 
-    def walkable(self, dtypes: Container[torch.dtype]) -> Sequence[int] | None:
+    def walkable(self, dtypes: Container[Dtypes]) -> Sequence[int] | None:
         """The places of what a kernel for `dtypes` can walk, gradient included; None where that is all."""
         memory, fits = self.memory, self.fits
-        if memory.is_walkable_throughout and fits is None and all(dtype in dtypes for dtype in memory.dtypes):
+        if memory.is_walkable_throughout and fits is None and all(each in dtypes for each in memory.dtypes):
             return None
         return [
             at
-            for at, param in enumerate(self.params)
-            if memory.walkable[at] and (fits is None or fits[at]) and param.dtype in dtypes
+            for at, (param, first) in enumerate(zip(self.params, self.firsts, strict=True))
+            if memory.walkable[at] and (fits is None or fits[at]) and (param.dtype, first.dtype) in dtypes
         ]
 
 
@@ -139,28 +152,36 @@ class _Signature(NamedTuple):
     param_addresses: list[int]
     first_addresses: list[int]
     second_addresses: list[int]
+    correction_addresses: list[int]
     params: _Lie
     firsts: _Lie
     seconds: _Lie | None
+    corrections: _Lie | None
 
     @classmethod
-    def of(cls, params: list[Tensor], firsts: list[Tensor], seconds: list[Tensor]) -> _Signature:
+    def of(cls, tensors: Tensors) -> _Signature:
         """What there is to be seen of them."""
+        seconds, corrections = tensors.seconds, tensors.corrections
         return cls(
-            _addresses(params), _addresses(firsts), _addresses(seconds), _lie(params), _lie(firsts),
-            _lie(seconds) if seconds else None,
+            _addresses(tensors.params), _addresses(tensors.firsts), _addresses(seconds), _addresses(corrections),
+            _lie(tensors.params), _lie(tensors.firsts), _lie(seconds) if seconds else None,
+            _lie(corrections) if corrections else None,
         )  # fmt: skip
 
-    def is_that_of(self, params: list[Tensor], firsts: list[Tensor], seconds: list[Tensor]) -> bool:
+    def is_that_of(self, tensors: Tensors) -> bool:
         """Whether nothing of it is another."""
-        before = (self.param_addresses, self.first_addresses, self.second_addresses)
-        if before != (_addresses(params), _addresses(firsts), _addresses(seconds)):
+        seconds, corrections = tensors.seconds, tensors.corrections
+        before = (self.param_addresses, self.first_addresses, self.second_addresses, self.correction_addresses)
+        if before != (
+            _addresses(tensors.params), _addresses(tensors.firsts), _addresses(seconds), _addresses(corrections)
+        ):  # fmt: skip
             return False
         devices = any(0 in addresses for addresses in before)  # every other address belongs to one device
         return (
-            self.params.is_that_of(params, devices=devices)
-            and self.firsts.is_that_of(firsts, devices=devices)
+            self.params.is_that_of(tensors.params, devices=devices)
+            and self.firsts.is_that_of(tensors.firsts, devices=devices)
             and (self.seconds.is_that_of(seconds, devices=devices) if self.seconds else not seconds)
+            and (self.corrections.is_that_of(corrections, devices=devices) if self.corrections else not corrections)
         )
 
 
@@ -170,36 +191,26 @@ class Memory:
 
     Attributes:
         signature: What it was found out from.
-        walkable: For each tensor whether parameter and moments are plain tensors of one dtype and one layout that
-            fills a stretch of memory that is no other tensor's, which a kernel can walk from its address.
+        walkable: For each tensor whether parameter, moments and correction are plain tensors of one layout that fills
+            a stretch of memory that is no other tensor's, which a kernel can walk from its address; the moments have
+            one dtype.
         is_walkable_throughout: Whether all are.
-        dtypes: Those of the parameters.
+        dtypes: Those of the parameters and moments.
         kept: What backends have worked out from it, each under its name; numbers only.
     """
 
     signature: _Signature
     walkable: list[bool]
     is_walkable_throughout: bool
-    dtypes: set[torch.dtype]
+    dtypes: set[Dtypes]
     kept: dict[str, Any] = field(default_factory=dict)
 
 
-def look(
-    params: list[Tensor],
-    grads: list[Tensor],
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    *,
-    known: Memory | None,
-    name: Callable[[int], str],
-) -> tuple[Memory, list[bool] | None]:
+def look(tensors: Tensors, *, known: Memory | None, name: Callable[[int], str]) -> tuple[Memory, list[bool] | None]:
     """Look where the tensors lie, and that they belong together.
 
     Args:
-        params: The parameters.
-        grads: The gradients; those that are zeros without memory are replaced in the list.
-        firsts: The first moments.
-        seconds: The second moments, or none.
+        tensors: Without what is looked for. Gradients that are zeros without memory are replaced in their list.
         known: What was found the last time; returned if it still holds.
         name: The name of the parameter at a place.
 
@@ -207,23 +218,27 @@ def look(
         What is known of parameters and moments, and `Tensors.fits`.
 
     Raises:
-        ValueError: A gradient or a moment has another shape than its parameter, or lies on another device; or a moment
-            has the dtype neither of its parameter nor of the gradient; or the memory of one was freed.
+        ValueError: A gradient or a state has another shape than its parameter, or lies on another device; or a moment
+            has the dtype neither of its parameter nor of the gradient nor the one asked for; or the memory of one was
+            freed.
         RuntimeError: A parameter was made in inference mode, and this is outside of it.
     """
-    is_known = known is not None and known.signature.is_that_of(params, firsts, seconds)
-    signature = known.signature if known is not None and is_known else _Signature.of(params, firsts, seconds)
+    params, grads = tensors.params, tensors.grads
+    is_known = known is not None and known.signature.is_that_of(tensors)
+    signature = known.signature if known is not None and is_known else _Signature.of(tensors)
     addresses = _addresses(grads)
     if 0 in addresses:
         _require_memory(grads, addresses, "gradient", name)
     fit_all = signature.params.is_that_of(grads)
     moments = [held for held in (signature.firsts, signature.seconds) if held is not None]
-    if not is_known or not fit_all or any(held.dtypes != signature.params.dtypes for held in moments):
+    usual = signature.params.dtypes if tensors.moment_dtype is None else [tensors.moment_dtype] * len(params)
+    if not is_known or not fit_all or any(held.dtypes != usual for held in moments):
         _require_memory(params, signature.param_addresses, "values", name)
-        _require_memory(firsts, signature.first_addresses, "first moment", name)
-        _require_memory(seconds, signature.second_addresses, "second moment", name)
-        for at, param in enumerate(params):
-            _require_together(param, grads[at], [firsts[at], *seconds[at : at + 1]], at, name)
+        _require_memory(tensors.firsts, signature.first_addresses, "first moment", name)
+        _require_memory(tensors.seconds, signature.second_addresses, "second moment", name)
+        _require_memory(tensors.corrections, signature.correction_addresses, "correction", name)
+        for at in range(len(params)):
+            _require_together(tensors, at, name)
     fits = None
     if not fit_all or not _are_plain(grads) or any(map(Tensor.is_neg, grads)):
         pairs = zip(_rows(_lie(grads)), _rows(signature.params), grads, strict=True)
@@ -231,28 +246,33 @@ def look(
     if is_known:
         assert known is not None
         return known, fits
-    lies = [_rows(held) for held in (signature.params, *moments)]
-    together = zip(params, firsts, seconds or firsts, strict=True)
+    columns = [held for held in (params, tensors.firsts, tensors.seconds, tensors.corrections) if held]
+    lies = [held for held in (signature.params, *moments, signature.corrections) if held is not None]
+    together = zip(*columns, strict=True)
     walkable = [
         _are_plain(held)
         and all(row == rows[0] for row in rows)
+        and len({moment.dtypes[at] for moment in moments}) == 1
         and is_dense(held[0])
         and not any(map(Tensor.is_neg, held))
-        for rows, held in zip(zip(*lies, strict=True), together, strict=True)
+        for at, (rows, held) in enumerate(zip(zip(*map(_places, lies), strict=True), together, strict=True))
     ]
     for at in _entangled(signature, walkable):
         walkable[at] = False
-    return Memory(signature, walkable, all(walkable), set(signature.params.dtypes)), fits
+    dtypes = set(zip(signature.params.dtypes, signature.firsts.dtypes, strict=True))
+    return Memory(signature, walkable, all(walkable), dtypes), fits
 
 
 def _entangled(signature: _Signature, walkable: Sequence[bool]) -> set[int]:
     """Which of the walkable tensors share memory with another (tied by `.data`): two threads must not take both."""
-    columns = [(signature.param_addresses, signature.params), (signature.first_addresses, signature.firsts)]
-    if signature.seconds is not None:
-        columns.append((signature.second_addresses, signature.seconds))
+    columns = [
+        (signature.param_addresses, signature.params), (signature.first_addresses, signature.firsts),
+        (signature.second_addresses, signature.seconds), (signature.correction_addresses, signature.corrections),
+    ]  # fmt: skip
     stretches = sorted(
         (address, address + math.prod(shape) * dtype.itemsize, at)
         for addresses, lie in columns
+        if lie is not None
         for at, (address, shape, dtype) in enumerate(zip(addresses, lie.shapes, lie.dtypes, strict=True))
         if walkable[at]
     )
@@ -267,6 +287,11 @@ def _entangled(signature: _Signature, walkable: Sequence[bool]) -> set[int]:
 
 def _rows(lie: _Lie) -> list[tuple[Any, ...]]:
     return list(zip(lie.shapes, lie.strides, lie.dtypes, lie.devices, strict=True))
+
+
+def _places(lie: _Lie) -> list[tuple[Any, ...]]:
+    """How each lies, its dtype left out."""
+    return list(zip(lie.shapes, lie.strides, lie.devices, strict=True))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -309,15 +334,17 @@ def _require_memory(tensors: list[Tensor], addresses: Sequence[int], what: str, 
         tensors[at] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _require_together(
-    param: Tensor, grad: Tensor, moments: Sequence[Tensor], at: int, name: Callable[[int], str]
-) -> None:
+def _require_together(tensors: Tensors, at: int, name: Callable[[int], str]) -> None:
+    param, grad = tensors.params[at], tensors.grads[at]
+    moments = [tensors.firsts[at], *tensors.seconds[at : at + 1]]
+    corrections = tensors.corrections[at : at + 1]
+    states = [("moment", moment) for moment in moments] + [("correction", each) for each in corrections]
     if param.is_inference() and not is_written_outside_inference_mode(param) and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"Inplace update to inference tensor outside InferenceMode is not allowed: parameter {name(at)} (shape "
             f"{tuple(param.shape)}) was made in torch.inference_mode(); build the model outside of it"
         )
-    for what, tensor in [("gradient", grad), *(("moment in optimizer.state", moment) for moment in moments)]:
+    for what, tensor in [("gradient", grad), *((f"{what} in optimizer.state", state) for what, state in states)]:
         if tensor.shape != param.shape:
             raise ValueError(
                 f"parameter {name(at)} has shape {tuple(param.shape)}, and its {what} {tuple(tensor.shape)}: the "
@@ -333,11 +360,18 @@ def _require_together(
             )
     # As AdamW takes it: fp32 moments and an fp32 gradient beside a parameter that was made bf16 by `.data`.
     for moment in moments:
-        if moment.dtype != param.dtype and moment.dtype != grad.dtype:
+        if moment.dtype not in (param.dtype, grad.dtype, tensors.moment_dtype):
             raise ValueError(
                 f"parameter {name(at)} (shape {tuple(param.shape)}) is {param.dtype} with a gradient of {grad.dtype}, "
                 f"and a moment in optimizer.state (shape {tuple(moment.shape)}) is {moment.dtype}. Nothing was "
                 "changed; convert the states with the parameter, or build the optimizer after the model has its dtype"
+            )
+    for correction in corrections:
+        if correction.dtype != torch.int16:
+            raise ValueError(
+                f"the correction in optimizer.state of parameter {name(at)} (shape {tuple(param.shape)}) is "
+                f"{correction.dtype}, and must be torch.int16. Nothing was changed; delete it "
+                "(`del optimizer.state[param]['param_correction']`) to begin it anew"
             )
 
 

@@ -163,7 +163,9 @@ def _kernels_grad(tensors: Tensors, at: int, *, dtypes: Container[torch.dtype]) 
     None where raw pointers would not lead a kernel for `dtypes` to the right elements.
     """
     param = tensors.params[at]
-    if not tensors.memory.walkable[at] or param.dtype not in dtypes:
+    if not tensors.memory.walkable[at] or param.dtype not in dtypes or tensors.corrections:
+        return None
+    if tensors.firsts[at].dtype != param.dtype:
         return None
     grad = tensors.grad(at)
     if grad.dtype != param.dtype:

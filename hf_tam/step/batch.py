@@ -26,6 +26,8 @@ class Options(NamedTuple):
     Attributes:
         on_host: Whether numbers may be read by the host: on the CPU without `capturable`. Elsewhere none ever is.
         is_fake: Whether the tensors have shapes and no values (FakeTensorMode, by which memory is estimated).
+        is_corrected: Whether what the parameters leave out of the weights is kept.
+        moment_dtype: What the moments are kept in; None: as the parameters.
     """
 
     device: torch.device
@@ -36,6 +38,8 @@ class Options(NamedTuple):
     fused: bool | None
     on_host: bool
     is_fake: bool
+    is_corrected: bool
+    moment_dtype: torch.dtype | None
 
 
 @dataclass(slots=True)

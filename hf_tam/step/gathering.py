@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hf_tam.backends import Backend, Tensors, select_backend
 from hf_tam.backends.tensors import Memory, look
-from hf_tam.family import Family
+from hf_tam.family import CORRECTION, Family, is_corrected, moment_dtype
 from hf_tam.integrations.torch_private import is_fake as is_fake_tensor
 from hf_tam.sharding import LocalReducer, Reducer, Span
 from hf_tam.step import buffers
@@ -114,12 +114,15 @@ class Gatherer:
             raise RuntimeError(
                 f"{self._family.name} does not support sparse gradients, please consider SparseAdam instead"
             )
-        devices = dict.fromkeys(map(_DEVICE, params))
-        for device in devices:  # usually one
+        kinds: list[Any] = list(map(_DEVICE, params))
+        if group[CORRECTION] is not None or group["state_bits"] is not None:
+            kinds = [(param.device, is_corrected(group, param), moment_dtype(group, param)) for param in params]
+        for kind in dict.fromkeys(kinds):  # usually one
             lists: list[list[Any]] = [params, grads, indices]
-            if len(devices) > 1:
-                here = [at for at, param in enumerate(params) if param.device == device]
+            if len(set(kinds)) > 1:
+                here = [at for at, each in enumerate(kinds) if each == kind]
                 lists = [[column[at] for at in here] for column in lists]
+            device, corrected, dtype = kind if isinstance(kind, tuple) else (kind, False, None)
             first = lists[0][0]
             if device.type == "meta":
                 _refuse_meta(name(lists[2][0]), first)
@@ -128,10 +131,11 @@ class Gatherer:
             options = Options(
                 device, group["scope"], group["nonfinite"], bool(group["maximize"]), group["foreach"], group["fused"],
                 on_host=device.type == "cpu" and not group["capturable"] and not is_fake, is_fake=is_fake,
+                is_corrected=corrected, moment_dtype=dtype,
             )  # fmt: skip
             if options not in found:
                 # Batches are made anew in every step; what captured CUDA graphs go on reading must outlive them.
-                tensors = Tensors(maximize=options.maximize, captured=self._captured)
+                tensors = Tensors(maximize=options.maximize, moment_dtype=dtype, captured=self._captured)
                 found[options] = Batch(options, tensors), [[] for _ in self._family.scalar_states]
             self._add(*found[options], lists[0], lists[1], lists[2], group, states, reducer)
 
@@ -150,12 +154,16 @@ class Gatherer:
         entries, tensors, family = list(map(states.__getitem__, params)), batch.tensors, self._family
         spans = None if isinstance(reducer, LocalReducer) else _spans(reducer, family, params, entries, group)
         shapes = [()] * len(params) if spans is None else [() if each is None else (len(each),) for each in spans]
-        stored = _columns(entries, self._keys)
+        keys, num_moments = self._keys, len(family.moments)
+        if batch.options.is_corrected:
+            keys = (*keys, CORRECTION)
+        stored = _columns(entries, keys)
         if stored is None:
             for state, param, shape in zip(entries, params, shapes, strict=True):
                 family.complete(state, param, group, shape=shape)
-            stored = [list(map(itemgetter(key), entries)) for key in self._keys]
-        lists = [params, grads, *stored[: len(family.moments)]]
+            stored = [list(map(itemgetter(key), entries)) for key in keys]
+        scalars, corrections = stored[num_moments : len(self._keys)], stored[len(self._keys) :]
+        lists = [params, grads, *stored[:num_moments], *corrections]
         if spans is not None:
             lists, indices, present = _local(reducer, lists, spans, indices)
             batch.present += present
@@ -169,8 +177,9 @@ class Gatherer:
         batch.indices += indices
         batch.entries += entries
         batch.shapes += shapes
-        held = [tensors.params, tensors.grads, tensors.firsts, tensors.seconds][: len(lists)]
-        for column, new in zip([*held, *columns], [*lists, *stored[len(family.moments) :]], strict=True):
+        held = [tensors.params, tensors.grads, tensors.firsts, tensors.seconds][: 2 + num_moments]
+        held += [tensors.corrections] * len(corrections)
+        for column, new in zip([*held, *columns], [*lists, *scalars], strict=True):
             column += new
 
     def _finish(self, batch: Batch, columns: list[list[Any]], name: Callable[[int], str]) -> _Known:
@@ -180,9 +189,8 @@ class Gatherer:
         if any(dtype.is_complex for dtype in {*map(_DTYPE, tensors.params), *map(_DTYPE, tensors.grads)}):
             tensors.as_real()
         tensors.memory, tensors.fits = look(
-            tensors.params, tensors.grads, tensors.firsts, tensors.seconds,
-            known=None if known is None else known.memory, name=lambda at: name(indices[at]),
-        )  # fmt: skip
+            tensors, known=None if known is None else known.memory, name=lambda at: name(indices[at])
+        )
         keys = self._family.scalar_states
         batch.matrix, addresses, batch.apart = pack(
             batch.entries, columns, keys=keys, shapes=batch.shapes, device=options.device,

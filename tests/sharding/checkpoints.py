@@ -65,21 +65,21 @@ def shard(name, *, lora=False, dtype=torch.float32, unused=True):
     return SHARDINGS[name](model)
 
 
-def build(name, optimizer_name, *, scope="tensor", step_size=None, moved=False, **options):
+def build(name, optimizer_name, *, scope="tensor", step_size=None, kept=None, moved=False, **options):
     """A sharded model and its optimizer; with `moved` every parameter starts elsewhere. The options are `shard`'s."""
     model = shard(name, **options)
     if moved:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.125)
-    optimizer = optimizer_for(model, optimizer_name, scope=scope, step_size=step_size)
+    optimizer = optimizer_for(model, optimizer_name, scope=scope, step_size=step_size, kept=kept)
     if hasattr(optimizer, "attach"):
         optimizer.attach(model)
     return model, optimizer
 
 
-def optimizer_for(model, optimizer_name, *, scope="tensor", step_size=None):
-    """One of ours or of torch's, with two groups that differ."""
+def optimizer_for(model, optimizer_name, *, scope="tensor", step_size=None, kept=None):
+    """One of ours or of torch's, with two groups that differ; `kept` says how weights and states are kept."""
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     groups = [
         {"params": [value for key, value in trained.items() if "bias" not in key], "weight_decay": 0.1},
@@ -88,7 +88,7 @@ def optimizer_for(model, optimizer_name, *, scope="tensor", step_size=None):
     groups = [group for group in groups if group["params"]]
     if optimizer_name in THEIRS:
         return THEIRS[optimizer_name](groups, lr=0.02)
-    options = {} if step_size is None else {"step_size": step_size}
+    options = {**(kept or {}), **({} if step_size is None else {"step_size": step_size})}
     return getattr(hf_tam, optimizer_name)(groups, lr=0.02, scope=scope, damping_eps=1e-6, **options)
 
 

@@ -10,6 +10,7 @@ from tests.sharding.checkpoints import SAVED_AT, STOPPED_AT
 pytestmark = pytest.mark.distributed
 
 BF16 = torch.bfloat16
+KEPT = {"param_correction": "bits16", "state_bits": 32}
 
 # Who saves (name, ranks, optimizer, options of `build`), and who loads what: (name, ranks, format).
 RUNS = {
@@ -20,6 +21,13 @@ RUNS = {
     "fsdp2-of-4": ("fsdp2", 4, "AdaTAMW", {"scope": "model"}, [("fsdp2", 4, "dcp"), ("fsdp2", 2, "dcp")]),
     "single": ("single", 1, "AdaTAMW", {"unused": False}, [("fsdp2", 2, "dcp"), ("single", 1, "dcp")]),
     "fsdp2-bf16": ("fsdp2", 2, "AdaTAMW", {"dtype": BF16}, [("fsdp2", 2, "dcp"), ("fsdp2", 2, "full")]),
+    "fsdp2-bits": ("fsdp2", 2, "AdaTAMW", {"dtype": BF16, "kept": KEPT}, [
+        ("fsdp2", 2, "dcp"), ("fsdp2", 2, "full"), ("fsdp2", 2, "ranks"), ("fsdp2", 4, "dcp"), ("fsdp2", 1, "dcp"),
+    ]),
+    "fsdp1-wide": ("fsdp1", 2, "AdaTAMW", {"dtype": BF16, "kept": {"state_bits": 32}}, [
+        ("fsdp1", 2, "fsdp1-full"), ("fsdp1", 2, "dcp"),
+    ]),
+    "ddp-bits": ("ddp", 2, "TAM", {"dtype": BF16, "kept": KEPT}, [("ddp", 2, "ranks")]),
     "fsdp2-lora": ("fsdp2", 4, "AdaTAMW", {"lora": True}, [("fsdp2", 4, "dcp")]),
     "fsdp2-offload-tam": ("fsdp2-offload", 2, "TAM", {}, [("fsdp2-offload", 2, "dcp")]),
     "hsdp": ("hsdp", 4, "AdaTAM", {}, [("hsdp", 4, "dcp")]),
@@ -128,6 +136,19 @@ def test_a_resumed_run_is_the_run_that_was_saved(worlds, saved_run, key, name, s
         elif not saved_name.startswith("fsdp1"):  # which turns a missing gradient into one of zeros
             # Four more steps in another order of summation; rounding of sums in fp32.
             assert result["distance"] < 1e-5
+
+
+def first_step(name):
+    model, optimizer = checkpoints.build(name, "AdaTAMW", dtype=BF16, kept=KEPT)
+    checkpoints.train(model, optimizer, 0, 1)
+
+
+def test_corrections_under_fsdp1_are_refused_before_a_step(worlds):
+    """It could train with them, and not save them."""
+    with pytest.raises(
+        AssertionError, match=r"param_correction='bits16' cannot be used here: FSDP1 saves no .* FSDP2"
+    ):
+        worlds(2).run(first_step, "fsdp1")
 
 
 def load_foreign(folder, name, optimizer_name, step_size, options, format):

@@ -58,9 +58,9 @@ def case(sharding, optimizer_name, scope, lora):
     return pytest.param(sharding, optimizer_name, scope, lora, id=name)
 
 
-def check(worlds, sharding, optimizer_name, scope, lora):
-    options = {"weight_decay": 0.1, "scope": scope}
-    exact = sharding.stored == torch.float32
+def check(worlds, sharding, optimizer_name, scope, lora, **kept):
+    options = {"weight_decay": 0.1, "scope": scope, **kept}
+    exact = sharding.stored == torch.float32 or kept
     torque, parameters = (TORQUE, PARAMETERS) if exact else (BF16_TORQUE, BF16_PARAMETERS)
     results = worlds(sharding.world).run(comparing.compare, sharding.name, optimizer_name, options, lora)
     for result in results:
@@ -84,6 +84,13 @@ def check(worlds, sharding, optimizer_name, scope, lora):
 @pytest.mark.parametrize(("sharding", "optimizer_name", "scope", "lora"), list(full_product(strategies.WRAPPERS)))
 def test_sharded_is_unsharded(worlds, sharding, optimizer_name, scope, lora):
     check(worlds, sharding, optimizer_name, scope, lora)
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_corrected_weights(worlds, optimizer_name):
+    """bfloat16 weights with their corrections, and fp32 moments: nothing is left to a rounding that may turn."""
+    sharding = strategies.SHARDINGS["fsdp2-bf16-2"]
+    check(worlds, sharding, optimizer_name, "tensor", False, param_correction="bits16", state_bits=32)
 
 
 def zero_in_gate():

@@ -4,8 +4,8 @@ Where no tensor waits for another the whole step is one call that goes through i
 gradient come from the cache when they are updated: 7 accesses of memory an element, as AdamW has. Otherwise it is two
 calls, one for the sums and one for the update: 9.
 
-Tensors of other dtypes than fp32 and bf16, and those whose parameter, gradient and moments do not share one dense
-layout, go to the `torch_fused` backend.
+Tensors of other dtypes than fp32 and bf16 (whose moments may be fp32), and those whose parameter, gradient and states
+do not share one dense layout, go to the `torch_fused` backend.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ from hf_tam.update import NUM_SUMS, AdamCoefficients, Coefficients, Scalar
 
 __all__ = ["is_available", "one_pass", "partial_sums", "update", "why_not"]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_FIELDS = 10
+# The dtypes of parameter and moments, and the kinds of numbers.h: with a correction, and without.
+_KINDS = {
+    (torch.float32, torch.float32): (0, 0),
+    (torch.bfloat16, torch.bfloat16): (2, 1),
+    (torch.bfloat16, torch.float32): (4, 3),
+}
+_FIELDS = 11
 _REPORTS = 6
 
 
@@ -39,7 +44,7 @@ def is_available() -> bool:
 
 def partial_sums(tensors: Tensors, *, with_dot: Sequence[bool]) -> Tensor:
     """See `Backend.partial_sums`."""
-    inside = tensors.walkable(_DTYPES)
+    inside = tensors.walkable(_KINDS)
     if inside is None:
         return _sums(tensors, with_dot)
     sums = torch.empty(len(tensors), NUM_SUMS, dtype=torch.float64, device="cpu")
@@ -68,7 +73,7 @@ def update(
     assert on_host
     assert keep is None
     assert not isinstance(clip, Tensor)
-    inside = tensors.walkable(_DTYPES)
+    inside = tensors.walkable(_KINDS)
     if inside is None:
         _update(tensors, coefficients, clip)
         return
@@ -96,7 +101,7 @@ def _only(coefficients: Coefficients, places: Sequence[int]) -> Coefficients:
 
 def one_pass(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped: Tensor) -> Report | None:
     """See `Backend.one_pass`. With `torque_steps` it is not taken whole: afterwards there is no sum to take."""
-    if tensors.walkable(_DTYPES) is not None or any(row.torque_steps != math.inf for row in tensors.numbers):
+    if tensors.walkable(_KINDS) is not None or any(row.torque_steps != math.inf for row in tensors.numbers):
         return None
     numbers = array("d", (float(value) for row in tensors.numbers for value in row))
     reports = torch.empty(len(tensors), _REPORTS, dtype=torch.float64, device="cpu")
@@ -113,7 +118,7 @@ def one_pass(tensors: Tensors, scalars: Tensor, *, skip_nonfinite: bool, skipped
 
 
 def _table(tensors: Tensors, with_dot: Sequence[bool] | None = None) -> array[int]:
-    """`tensor` in numbers.h, 10 x 64 bits a row: rows that are kept, with the gradients of this step.
+    """`tensor` in numbers.h, 11 x 64 bits a row: rows that are kept, with the gradients of this step.
 
     Args:
         tensors: All of them such that the kernels can walk them.
@@ -132,13 +137,17 @@ def _table(tensors: Tensors, with_dot: Sequence[bool] | None = None) -> array[in
 
 def _rows(tensors: Tensors) -> array[int]:
     signature, rows = tensors.memory.signature, array("q")
+    corrected = bool(tensors.corrections)
     for at, param in enumerate(tensors.params):
         second = signature.second_addresses[at] if tensors.seconds else 0
+        correction = signature.correction_addresses[at] if corrected else 0
         decay = array("q", array("d", [tensors.coupled_decay(at)]).tobytes())[0]  # the bits of the double
         rows.extend(
             (
-                math.prod(signature.params.shapes[at]), _DTYPES[param.dtype], True, tensors.maximize,
-                signature.param_addresses[at], 0, signature.first_addresses[at], second, decay, tensors.groups[at],
+                math.prod(signature.params.shapes[at]),
+                _KINDS[param.dtype, tensors.firsts[at].dtype][0 if corrected else 1], True, tensors.maximize,
+                signature.param_addresses[at], 0, signature.first_addresses[at], second, correction, decay,
+                tensors.groups[at],
             )
         )  # fmt: skip
     return rows

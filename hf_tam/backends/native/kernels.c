@@ -87,7 +87,7 @@ typedef struct shared {
     coefficients numbers;
 } shared;
 
-INLINE int is_shared(const tensor *t) { return t->count * (t->dtype == FLOAT32 ? 4 : 2) > BYTES_TO_SHARE; }
+INLINE int is_shared(const tensor *t) { return t->count * (t->kind == FLOAT32 ? 4 : 2) > BYTES_TO_SHARE; }
 
 static void finish_sums(const step *step, shared *mine, int64_t chunks) {
     double *report = step->reports + REPORTS * mine->at;

@@ -20,23 +20,30 @@ typedef struct {
     double *sums;
 } pass;
 
-INLINE void visit_kind(const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const pass *pass) {
-    if (pass->adam) adam_of(t, dtype, coupled, begin, end, pass->adam, pass->clip);
-    else if (pass->sgd) sgd_of(t, dtype, coupled, begin, end, pass->sgd, pass->clip);
-    else if (t->takes_dot) sums_of(t, dtype, coupled, begin, end, pass->sums);
-    else square_of(t, dtype, begin, end, pass->sums);
+INLINE void visit_kind(const tensor *t, int kind, int coupled, int64_t begin, int64_t end, const pass *pass) {
+    if (pass->adam) adam_of(t, kind, coupled, begin, end, pass->adam, pass->clip);
+    else if (pass->sgd) sgd_of(t, kind, coupled, begin, end, pass->sgd, pass->clip);
+    else if (t->takes_dot) sums_of(t, kind, coupled, begin, end, pass->sums);
+    else square_of(t, kind, begin, end, pass->sums);
 }
 
 static void visit(const tensor *tensor_, int64_t chunk, const pass *pass) {
     const tensor t = *tensor_; /* a copy, which no store can be to */
     int64_t begin = chunk * CHUNK, end = t.count - begin < CHUNK ? t.count : begin + CHUNK;
     int coupled = t.negated || t.decay != 0.0;
-    if (t.dtype == FLOAT32) {
+    /* What is usual has a loop without any coupling as well; of the others one each, or compiling takes 7 s. */
+    switch (t.kind) {
+    case FLOAT32:
         if (coupled) visit_kind(&t, FLOAT32, 1, begin, end, pass);
         else visit_kind(&t, FLOAT32, 0, begin, end, pass);
-    } else {
+        break;
+    case BFLOAT16:
         if (coupled) visit_kind(&t, BFLOAT16, 1, begin, end, pass);
         else visit_kind(&t, BFLOAT16, 0, begin, end, pass);
+        break;
+    case SPLIT: visit_kind(&t, SPLIT, coupled, begin, end, pass); break;
+    case WIDE: visit_kind(&t, WIDE, coupled, begin, end, pass); break;
+    case SPLIT_WIDE: visit_kind(&t, SPLIT_WIDE, coupled, begin, end, pass); break;
     }
 }
 

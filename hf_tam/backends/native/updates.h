@@ -52,13 +52,42 @@ INLINE void store_pairs(void *base, int64_t i, pairs values) {
 }
 #endif
 
+/* Both halves of precision.joined and precision.split: of a word, 16 bits each belong to an even and an odd place. */
+INLINE pairs load_weight_pairs(const tensor *t, int64_t i, int kind) {
+    pairs param = load_pairs(t->param, i);
+    if (!is_split(kind)) return param;
+    __m512i more = _mm512_loadu_si512((const uint16_t *)t->correction + i);
+    __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(more, 16), 16), odd = _mm512_srai_epi32(more, 16);
+    return (pairs){_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(param.even), even)),
+                   _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(param.odd), odd))};
+}
+
+INLINE __m512i one_nan(__m512 values) {
+    __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(_mm512_castps_si512(values), is_nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+INLINE void store_weight_pairs(const tensor *t, int64_t i, int kind, pairs values) {
+    if (!is_split(kind)) {
+        store_pairs(t->param, i, values);
+        return;
+    }
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    __m512i even = one_nan(values.even), odd = one_nan(values.odd);
+    __m512i high = _mm512_srli_epi32(_mm512_add_epi32(even, half), 16);
+    _mm512_storeu_si512((uint16_t *)t->param + i,
+                        _mm512_mask_mov_epi16(high, 0xaaaaaaaa, _mm512_add_epi32(odd, half)));
+    _mm512_storeu_si512((uint16_t *)t->correction + i,
+                        _mm512_mask_mov_epi16(even, 0xaaaaaaaa, _mm512_slli_epi32(odd, 16)));
+}
+
 typedef struct {
-    __m512 weight, rest, keep, second_decay, second_weight, step_size, eps, clip, decay;
+    __m512 weight, rest, keep, shrink, second_decay, second_weight, step_size, eps, clip, decay;
     int is_near_grad, is_negated, decays, clips;
 } adam_numbers;
 
-/* The decay is a factor here: what fp32 does not see of it, bf16 does not either. */
-INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, __m512 g) {
+/* The decay is a factor where the weights are bf16: what fp32 does not see of it, bf16 does not either. */
+INLINE void adam_lanes(const adam_numbers *n, int kind, __m512 *p, __m512 *m, __m512 *v, __m512 g) {
     if (n->is_negated) g = _mm512_sub_ps(_mm512_setzero_ps(), g);
     if (n->decays) g = _mm512_fmadd_ps(n->decay, *p, g);
     if (n->clips) g = _mm512_mul_ps(g, n->clip);
@@ -67,14 +96,22 @@ INLINE void adam_lanes(const adam_numbers *n, __m512 *p, __m512 *m, __m512 *v, _
     *v = _mm512_fmadd_ps(_mm512_mul_ps(g, n->second_weight), g, _mm512_mul_ps(*v, n->second_decay));
     /* As torch's does. The divider works beside the rest: on Zen 5 approximations that are improved take longer. */
     __m512 direction = _mm512_div_ps(*m, _mm512_add_ps(_mm512_sqrt_ps(*v), n->eps));
-    *p = _mm512_fmsub_ps(*p, n->keep, _mm512_mul_ps(direction, n->step_size));
+    __m512 way_on = _mm512_mul_ps(direction, n->step_size);
+    if (!is_split(kind)) {
+        *p = _mm512_fmsub_ps(*p, n->keep, way_on);
+        return;
+    }
+    const __m512 most = _mm512_set1_ps(FLT_MAX), least = _mm512_set1_ps(-FLT_MAX);
+    __m512 finite = _mm512_min_ps(most, _mm512_max_ps(least, *p)); /* of a NaN comes one whatever this is */
+    *p = _mm512_sub_ps(*p, _mm512_fmadd_ps(finite, n->shrink, way_on));
 }
 
 /* Returns the first element that is left to do. */
 INLINE int64_t adam_of_pairs(
-    const tensor *t, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
+    const tensor *t, int kind, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
 ) {
     const adam_numbers n = {
+        .shrink = _mm512_set1_ps(1.0 - row->decay),
         .weight = _mm512_set1_ps(row->first_weight), .rest = _mm512_set1_ps(1.0 - row->first_weight),
         .keep = _mm512_set1_ps(row->decay), .second_decay = _mm512_set1_ps(row->second_decay),
         .second_weight = _mm512_set1_ps(row->second_weight), .step_size = _mm512_set1_ps(row->step_size),
@@ -85,12 +122,12 @@ INLINE int64_t adam_of_pairs(
     };
     int64_t i = begin;
     for (; i + 32 <= end; i += 32) {
-        fetch_all_ahead(t, i, BFLOAT16);
-        pairs p = load_pairs(t->param, i), m = load_pairs(t->first, i), v = load_pairs(t->second, i),
+        fetch_all_ahead(t, i, kind);
+        pairs p = load_weight_pairs(t, i, kind), m = load_pairs(t->first, i), v = load_pairs(t->second, i),
               g = load_pairs(t->grad, i);
-        adam_lanes(&n, &p.even, &m.even, &v.even, g.even);
-        adam_lanes(&n, &p.odd, &m.odd, &v.odd, g.odd);
-        store_pairs(t->param, i, p);
+        adam_lanes(&n, kind, &p.even, &m.even, &v.even, g.even);
+        adam_lanes(&n, kind, &p.odd, &m.odd, &v.odd, g.odd);
+        store_weight_pairs(t, i, kind, p);
         store_pairs(t->first, i, m);
         store_pairs(t->second, i, v);
     }
@@ -104,21 +141,24 @@ typedef struct {
 } adam_floats;
 
 /* update.adam_step. The decay is subtracted with the step: 1 - 1e-8 would be 1 in float. */
-INLINE void adam_at(const tensor *t, int dtype, int coupled, int64_t i, const adam_floats *n) {
-    float p = load(t->param, i, dtype), m = load(t->first, i, dtype), v = load(t->second, i, dtype),
-          g = gradient(t, i, dtype, coupled) * n->clip;
-    m = n->is_near_grad ? g - (g - m) * n->rest : m + (g - m) * n->weight;
+INLINE void adam_at(const tensor *t, int kind, int coupled, int64_t i, const adam_floats *n) {
+    floats p = load_weights(t, i, kind), m = load_lanes(t->first, i, moments_of(kind)),
+           v = load_lanes(t->second, i, moments_of(kind)), g = gradients(t, i, kind, coupled, p) * n->clip,
+           way = g - m;
+    m = n->is_near_grad ? g - way * n->rest : m + way * n->weight;
     v = v * n->second_decay + g * n->second_weight * g;
     /* An infinite parameter (a mask) stays what it is: Inf * 0 and Inf - Inf would be NaN. */
-    float finite = p > FLT_MAX ? FLT_MAX : p < -FLT_MAX ? -FLT_MAX : p;
-    p -= finite * n->shrink + m / (sqrtf(v) + n->eps) * n->step_size;
-    store(t->param, i, dtype, p);
-    store(t->first, i, dtype, m);
-    store(t->second, i, dtype, v);
+    const floats most = {0};
+    floats finite = choose(p > most + FLT_MAX, most + FLT_MAX, p);
+    finite = choose(finite < most - FLT_MAX, most - FLT_MAX, finite);
+    p -= finite * n->shrink + m / (roots(v) + n->eps) * n->step_size;
+    store_weights(t, i, kind, p);
+    store_lanes(t->first, i, moments_of(kind), m);
+    store_lanes(t->second, i, moments_of(kind), v);
 }
 
 INLINE void adam_of(
-    const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
+    const tensor *t, int kind, int coupled, int64_t begin, int64_t end, const adam_row *row, float clip
 ) {
     const adam_floats n = {
         .weight = row->first_weight, .rest = 1.0 - row->first_weight, .shrink = 1.0 - row->decay,
@@ -126,30 +166,39 @@ INLINE void adam_of(
         .eps = row->eps, .clip = clip, .is_near_grad = row->first_weight >= 0.5,
     };
 #ifdef __AVX512BW__
-    if (dtype == BFLOAT16) begin = adam_of_pairs(t, coupled, begin, end, row, clip);
+    if (kind == BFLOAT16 || kind == SPLIT) begin = adam_of_pairs(t, kind, coupled, begin, end, row, clip);
 #endif
     for (; begin + LANES <= end; begin += LANES) {
-        fetch_all_ahead(t, begin, dtype);
-        for (int64_t i = begin; i < begin + LANES; i++) adam_at(t, dtype, coupled, i, &n);
+        fetch_all_ahead(t, begin, kind);
+        adam_at(t, kind, coupled, begin, &n);
     }
-    for (; begin < end; begin++) adam_at(t, dtype, coupled, begin, &n);
+    if (begin == end) return;
+    char room[ROOM];
+    tensor rest = with_room(t, kind, begin, end, room);
+    adam_at(&rest, kind, coupled, 0, &n);
+    take_back(t, kind, begin, end, &rest);
 }
 
 /* update.sgd_step. */
-INLINE void sgd_at(const tensor *t, int dtype, int coupled, int64_t i, const sgd_row *row, float clip) {
+INLINE void sgd_at(const tensor *t, int kind, int coupled, int64_t i, const sgd_row *row, float clip) {
     const float momentum = row->momentum, gain = row->gain, step_size = row->step_size;
-    float m = load(t->first, i, dtype) * momentum + gradient(t, i, dtype, coupled) * clip * gain;
-    store(t->param, i, dtype, load(t->param, i, dtype) - m * step_size);
-    store(t->first, i, dtype, m);
+    floats p = load_weights(t, i, kind);
+    floats m = load_lanes(t->first, i, moments_of(kind)) * momentum + gradients(t, i, kind, coupled, p) * clip * gain;
+    store_weights(t, i, kind, p - m * step_size);
+    store_lanes(t->first, i, moments_of(kind), m);
 }
 
 INLINE void sgd_of(
-    const tensor *t, int dtype, int coupled, int64_t begin, int64_t end, const sgd_row *row, float clip
+    const tensor *t, int kind, int coupled, int64_t begin, int64_t end, const sgd_row *row, float clip
 ) {
     const sgd_row numbers = *row; /* a copy, which no store can be to */
     for (; begin + LANES <= end; begin += LANES) {
-        fetch_all_ahead(t, begin, dtype);
-        for (int64_t i = begin; i < begin + LANES; i++) sgd_at(t, dtype, coupled, i, &numbers, clip);
+        fetch_all_ahead(t, begin, kind);
+        sgd_at(t, kind, coupled, begin, &numbers, clip);
     }
-    for (; begin < end; begin++) sgd_at(t, dtype, coupled, begin, &numbers, clip);
+    if (begin == end) return;
+    char room[ROOM];
+    tensor rest = with_room(t, kind, begin, end, room);
+    sgd_at(&rest, kind, coupled, 0, &numbers, clip);
+    take_back(t, kind, begin, end, &rest);
 }

@@ -31,7 +31,7 @@ SPAN = 8192
 (9e-7) of the sum of the terms' absolute values. What is beyond is added in fp64. A chunk is a multiple of it."""
 MAX_CHUNKS = 512
 """Chunks of one tensor at most: every program of `step_kernels` adds up all of its tensor's partial sums."""
-FIELDS = 8
+FIELDS = 9
 """Columns of `tensors`."""
 
 _FIELDS = tl.constexpr(FIELDS)
@@ -41,6 +41,7 @@ PARAM, FIRST, SECOND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # addr
 NUMEL, LENGTH = tl.constexpr(3), tl.constexpr(4)  # of the tensor, of its chunks
 FIRST_CHUNK, NUM_CHUNKS = tl.constexpr(5), tl.constexpr(6)
 GROUP = tl.constexpr(7)  # the row of `numbers` that holds for the tensor
+CORRECTION = tl.constexpr(8)  # the address of what a parameter leaves out of its weight, or 0
 
 
 @triton.jit
@@ -103,6 +104,41 @@ def store_block(pointer, index, length, values, MASKED: tl.constexpr):
         tl.store(pointer + index, values, mask=index < length)
     else:
         tl.store(pointer + index, values)
+
+
+@triton.jit
+def weight_pointers(row, start, DTYPE: tl.constexpr, CORRECTED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Point at element `start` of the tensor's parameter and of its correction; twice at the one that has none."""
+    if CORRECTED:
+        param = pointer_to(tl.load(row + PARAM), start, tl.int16, ALIGNED)
+        return param, pointer_to(tl.load(row + CORRECTION), start, tl.int16, ALIGNED)
+    else:
+        param = pointer_to(tl.load(row + PARAM), start, DTYPE, ALIGNED)
+        return param, param
+
+
+@triton.jit
+def load_weight(pointers, index, length, COMPUTE: tl.constexpr, CORRECTED: tl.constexpr, MASKED: tl.constexpr):
+    """The weights at `index`, as COMPUTE; with a correction `hf_tam.precision.joined`."""
+    if CORRECTED:
+        high = load_block(pointers[0], index, length, tl.int32, MASKED)
+        bits = (high << 16) + load_block(pointers[1], index, length, tl.int32, MASKED)
+        return bits.to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        return load_block(pointers[0], index, length, COMPUTE, MASKED)
+
+
+@triton.jit
+def store_weight(pointers, index, length, values, CORRECTED: tl.constexpr, MASKED: tl.constexpr):
+    """Store the weights at `index`; with a correction `hf_tam.precision.split`."""
+    if CORRECTED:
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+        is_nan = values != values
+        high = tl.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16)
+        store_block(pointers[0], index, length, high, MASKED)
+        store_block(pointers[1], index, length, tl.where(is_nan, 0, bits), MASKED)
+    else:
+        store_block(pointers[0], index, length, values, MASKED)
 
 
 @triton.jit

@@ -56,6 +56,8 @@ def compiled_for(kind: Kind, *, block: int) -> dict[str, Any]:
     return {
         "DTYPE": _TYPES[kind.dtype],
         "GRAD_DTYPE": _TYPES[kind.grad_dtype],
+        "MOMENT_DTYPE": _TYPES[kind.moment_dtype],
+        "CORRECTED": kind.corrected,
         "ALIGNED": kind.aligned,
         "COUPLED": kind.coupled,
         "MAXIMIZE": kind.maximize,

@@ -43,7 +43,8 @@ def _report(totals, tensor, cosine, damping, kept, reports, keeps, skipped, SKIP
 def adam_step_kernel(
     tensors, grads, chunk_places, numbers, lrs, partials, scalars, before, reports, keeps, skipped,
     first_chunk: tl.int64, num_tensors: tl.int64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr, CORRECTED: tl.constexpr, ALIGNED: tl.constexpr, COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The adaptive step. Rows of the scalar states: step, exp_avg_scale, torque.
 
@@ -73,7 +74,8 @@ def adam_step_kernel(
     )  # fmt: skip
     update_chunk(
         row, tl.load(grads + tensor), start, tl.where(kept, length, 0), None,
-        coupled_decay_of(row, numbers, COUPLED), cast, DTYPE, GRAD_DTYPE, ALIGNED, COUPLED, MAXIMIZE, True, BLOCK,
+        coupled_decay_of(row, numbers, COUPLED), cast, DTYPE, GRAD_DTYPE, MOMENT_DTYPE, CORRECTED, ALIGNED, COUPLED,
+        MAXIMIZE, True, BLOCK,
     )  # fmt: skip
 
 
@@ -81,7 +83,8 @@ def adam_step_kernel(
 def sgd_step_kernel(
     tensors, grads, chunk_places, numbers, lrs, partials, scalars, before, reports, keeps, skipped,
     first_chunk: tl.int64, num_tensors: tl.int64, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr, CORRECTED: tl.constexpr, ALIGNED: tl.constexpr, COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The momentum step, see `adam_step_kernel`. Rows of the scalar states: step, torque."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -101,5 +104,6 @@ def sgd_step_kernel(
     cast = (weights[0].to(COMPUTE), weights[1].to(COMPUTE), weights[2].to(COMPUTE))
     update_chunk(
         row, tl.load(grads + tensor), start, tl.where(kept, length, 0), None,
-        coupled_decay_of(row, numbers, COUPLED), cast, DTYPE, GRAD_DTYPE, ALIGNED, COUPLED, MAXIMIZE, False, BLOCK,
+        coupled_decay_of(row, numbers, COUPLED), cast, DTYPE, GRAD_DTYPE, MOMENT_DTYPE, CORRECTED, ALIGNED, COUPLED,
+        MAXIMIZE, False, BLOCK,
     )  # fmt: skip

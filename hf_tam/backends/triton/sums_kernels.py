@@ -11,14 +11,15 @@ from hf_tam.backends.triton.chunks import (
     FIRST_CHUNK,
     MAX_CHUNKS,
     NUM_CHUNKS,
-    PARAM,
     SPAN,
     coupled_decay_of,
     effective_grad,
     load_block,
+    load_weight,
     locate,
     pointer_to,
     row_of,
+    weight_pointers,
 )
 
 _SPAN = tl.constexpr(SPAN)
@@ -29,7 +30,8 @@ _LOWEST, _HIGHEST = tl.constexpr(1e-24), tl.constexpr(1e36)  # sums of fp32 squa
 @triton.jit
 def _add_products(
     sums, pointers, index, length, coupled_decay,
-    COMPUTE: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, CORRECTED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block's products to `sums`, which has an accumulator a lane for each column."""
     dot, momentum_sq, grad_sq, raw_sq = sums
@@ -37,7 +39,7 @@ def _add_products(
     moment = load_block(pointers[1], index, length, COMPUTE, MASKED)
     param = raw
     if COUPLED:
-        param = load_block(pointers[0], index, length, COMPUTE, MASKED)
+        param = load_weight(pointers[0], index, length, COMPUTE, CORRECTED, MASKED)
         raw_sq += raw * raw
     grad = effective_grad(raw, param, coupled_decay, COUPLED, MAXIMIZE)
     return dot + moment * grad, momentum_sq + moment * moment, grad_sq + grad * grad, raw_sq
@@ -46,7 +48,8 @@ def _add_products(
 @triton.jit
 def _stretch_sums(
     pointers, begin, end, coupled_decay,
-    COMPUTE: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, CORRECTED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The four sums over elements `begin` to `end`, accumulated in COMPUTE, as fp64 scalars."""
     zero = tl.zeros((BLOCK,), COMPUTE)
@@ -55,9 +58,9 @@ def _stretch_sums(
     lanes = tl.arange(0, BLOCK)
     whole = begin + (end - begin) // BLOCK * BLOCK
     for offset in range(begin, whole, BLOCK):
-        sums = _add_products(sums, pointers, offset + lanes, end, decay, COMPUTE, COUPLED, MAXIMIZE, False)
+        sums = _add_products(sums, pointers, offset + lanes, end, decay, COMPUTE, CORRECTED, COUPLED, MAXIMIZE, False)
     if whole < end:
-        sums = _add_products(sums, pointers, whole + lanes, end, decay, COMPUTE, COUPLED, MAXIMIZE, True)
+        sums = _add_products(sums, pointers, whole + lanes, end, decay, COMPUTE, CORRECTED, COUPLED, MAXIMIZE, True)
     dot, momentum_sq = tl.sum(sums[0]).to(tl.float64), tl.sum(sums[1]).to(tl.float64)
     grad_sq = tl.sum(sums[2]).to(tl.float64)
     raw_sq = grad_sq
@@ -75,8 +78,9 @@ def _lossless(square):
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def sums_kernel(
     tensors, grads, chunk_places, numbers, partials, scalars, before, first_chunk: tl.int64, num_tensors: tl.int64,
-    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, NUM_SCALARS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, CORRECTED: tl.constexpr,
+    ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, NUM_SCALARS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write <m, g>, |m|^2, |g|^2 and the raw |g|^2 of each chunk to its row of `partials`, fp64.
 
@@ -89,8 +93,8 @@ def sums_kernel(
     chunk = first_chunk + tl.program_id(0)
     tensor, row, start, length = locate(tensors, chunk_places, chunk)
     pointers = (
-        pointer_to(tl.load(row + PARAM), start, DTYPE, ALIGNED),
-        pointer_to(tl.load(row + FIRST), start, DTYPE, ALIGNED),
+        weight_pointers(row, start, DTYPE, CORRECTED, ALIGNED),
+        pointer_to(tl.load(row + FIRST), start, MOMENT_DTYPE, ALIGNED),
         pointer_to(tl.load(grads + tensor), start, GRAD_DTYPE, ALIGNED),
     )
     coupled_decay = coupled_decay_of(row, numbers, COUPLED)
@@ -99,13 +103,13 @@ def sums_kernel(
     for begin in range(0, length, _SPAN):
         end = tl.minimum(begin + _SPAN, length)
         dot, momentum_sq, grad_sq, raw_sq = _stretch_sums(
-            pointers, begin, end, coupled_decay, COMPUTE, COUPLED, MAXIMIZE, BLOCK
+            pointers, begin, end, coupled_decay, COMPUTE, CORRECTED, COUPLED, MAXIMIZE, BLOCK
         )
         if COMPUTE != tl.float64:
             if not (_lossless(momentum_sq) & _lossless(grad_sq) & _lossless(raw_sq)):
                 # Few lanes: the rare case must not cost the usual one its registers.
                 dot, momentum_sq, grad_sq, raw_sq = _stretch_sums(
-                    pointers, begin, end, coupled_decay, tl.float64, COUPLED, MAXIMIZE, BLOCK // 8
+                    pointers, begin, end, coupled_decay, tl.float64, CORRECTED, COUPLED, MAXIMIZE, BLOCK // 8
                 )
         total_dot += dot
         total_momentum_sq += momentum_sq

@@ -24,6 +24,8 @@ from hf_tam.backends.triton.chunks import FIELDS, MAX_CHUNKS, SPAN
 from hf_tam.update import Numbers
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+# Moments are computed with in the dtype of the parameter, fp32 at least, and must not be wider than that.
+_PAIRS = {(dtype, dtype) for dtype in _DTYPES} | {(dtype, torch.float32) for dtype in _DTYPES if dtype.itemsize == 2}
 _VECTOR = 16
 """Bytes of the widest load, which a launch uses if all of its tensors begin at a multiple."""
 
@@ -44,6 +46,8 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     grad_dtype: torch.dtype
+    moment_dtype: torch.dtype
+    corrected: bool
     aligned: bool
     coupled: bool
     maximize: bool
@@ -166,12 +170,14 @@ def key_of(tensors: Tensors, grads: Sequence[Tensor], addresses: Sequence[int]) 
     """What the tables of these tensors depend on; `grads` are those of `aligned_grads`, at `addresses`."""
     walkable, params = tensors.memory.walkable, tensors.memory.signature.params
     outside: list[int] = []
-    if tensors.walkable(_DTYPES) is not None:
+    firsts = tensors.memory.signature.firsts
+    if tensors.walkable(_PAIRS) is not None:
         outside = [
             at
             for at, grad in enumerate(grads)
             if not walkable[at]
-            or not {params.dtypes[at], grad.dtype} <= _DTYPES
+            or (params.dtypes[at], firsts.dtypes[at]) not in _PAIRS
+            or grad.dtype not in _DTYPES
             or type(grad) is not Tensor
             or grad.stride() != params.strides[at]
         ]
@@ -195,7 +201,9 @@ def _row(tensors: Tensors, at: int, *, first_chunk: int) -> list[int]:
     numel = math.prod(signature.params.shapes[at])
     second = signature.second_addresses[at] if tensors.seconds else 0
     addresses = [signature.param_addresses[at], signature.first_addresses[at], second]
-    return [*addresses, numel, chunk_length(numel), first_chunk, num_chunks(numel), tensors.groups[at]]
+    correction = signature.correction_addresses[at] if tensors.corrections else 0
+    length, count = chunk_length(numel), num_chunks(numel)
+    return [*addresses, numel, length, first_chunk, count, tensors.groups[at], correction]
 
 
 def _by_kind(tensors: Tensors, key: _Key) -> dict[Kind, list[int]]:
@@ -205,8 +213,10 @@ def _by_kind(tensors: Tensors, key: _Key) -> dict[Kind, list[int]]:
         if at not in outside:
             held = [signature.param_addresses[at], signature.first_addresses[at], key.grad_offsets[at]]
             held += [signature.second_addresses[at]] if tensors.seconds else []
+            held += [signature.correction_addresses[at]] if tensors.corrections else []
             aligned = all(address % _VECTOR == 0 for address in held)
             coupled = key.coupled[key.groups[at]]
-            kind = Kind(param.dtype, key.grad_dtypes[at], aligned, coupled, key.maximize)
+            dtypes = param.dtype, key.grad_dtypes[at], signature.firsts.dtypes[at]
+            kind = Kind(*dtypes, bool(tensors.corrections), aligned, coupled, key.maximize)
             kinds.setdefault(kind, []).append(at)
     return kinds

@@ -5,25 +5,27 @@ import triton.language as tl
 
 from hf_tam.backends.triton.chunks import (
     FIRST,
-    PARAM,
     SECOND,
     coupled_decay_of,
     effective_grad,
     load_block,
+    load_weight,
     locate,
     pointer_to,
     store_block,
+    store_weight,
+    weight_pointers,
 )
 
 
 @triton.jit
 def _adam_block(
     pointers, index, length, clip, coupled_decay, coefficients,
-    COMPUTE: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, CLIPPED: tl.constexpr,
-    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, CORRECTED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     decay, first_weight, second_decay, second_weight, step_size, eps = coefficients
-    param = load_block(pointers[0], index, length, COMPUTE, MASKED)
+    param = load_weight(pointers[0], index, length, COMPUTE, CORRECTED, MASKED)
     first = load_block(pointers[1], index, length, COMPUTE, MASKED)
     second = load_block(pointers[2], index, length, COMPUTE, MASKED)
     raw = load_block(pointers[3], index, length, COMPUTE, MASKED)
@@ -38,7 +40,7 @@ def _adam_block(
         update = first / (tl.sqrt(second) + eps)
     else:
         update = tl.div_rn(first, tl.sqrt_rn(second) + eps)  # `/` and `sqrt` are approximations in fp32
-    store_block(pointers[0], index, length, param * decay - update * step_size, MASKED)
+    store_weight(pointers[0], index, length, param * decay - update * step_size, CORRECTED, MASKED)
     store_block(pointers[1], index, length, first, MASKED)
     store_block(pointers[2], index, length, second, MASKED)
 
@@ -46,25 +48,25 @@ def _adam_block(
 @triton.jit
 def _sgd_block(
     pointers, index, length, clip, coupled_decay, coefficients,
-    COMPUTE: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, CLIPPED: tl.constexpr,
-    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, CORRECTED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     momentum, gain, step_size = coefficients
-    param = load_block(pointers[0], index, length, COMPUTE, MASKED)
+    param = load_weight(pointers[0], index, length, COMPUTE, CORRECTED, MASKED)
     first = load_block(pointers[1], index, length, COMPUTE, MASKED)
     raw = load_block(pointers[3], index, length, COMPUTE, MASKED)
     if CLIPPED:
         raw = raw * clip
     first = first * momentum + effective_grad(raw, param, coupled_decay, COUPLED, MAXIMIZE) * gain
-    store_block(pointers[0], index, length, param - first * step_size, MASKED)
+    store_weight(pointers[0], index, length, param - first * step_size, CORRECTED, MASKED)
     store_block(pointers[1], index, length, first, MASKED)
 
 
 @triton.jit
 def update_chunk(
     row, grad_address, start, length, clip, coupled_decay, coefficients,
-    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, CORRECTED: tl.constexpr,
+    ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk, last block first: what the sums have read last is the likeliest to be still in the cache.
 
@@ -73,9 +75,9 @@ def update_chunk(
     """
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     pointers = (
-        pointer_to(tl.load(row + PARAM), start, DTYPE, ALIGNED),
-        pointer_to(tl.load(row + FIRST), start, DTYPE, ALIGNED),
-        pointer_to(tl.load(row + SECOND), start, DTYPE, ALIGNED),
+        weight_pointers(row, start, DTYPE, CORRECTED, ALIGNED),
+        pointer_to(tl.load(row + FIRST), start, MOMENT_DTYPE, ALIGNED),
+        pointer_to(tl.load(row + SECOND), start, MOMENT_DTYPE, ALIGNED),
         pointer_to(grad_address, start, GRAD_DTYPE, ALIGNED),
     )
     decay = tl.cast(coupled_decay, COMPUTE)
@@ -88,22 +90,26 @@ def update_chunk(
     if whole < length:
         if ADAM:
             _adam_block(
-                pointers, whole + lanes, length, factor, decay, coefficients, COMPUTE, COUPLED, MAXIMIZE, CLIPPED, True
-            )
+                pointers, whole + lanes, length, factor, decay, coefficients, COMPUTE, CORRECTED, COUPLED, MAXIMIZE,
+                CLIPPED, True,
+            )  # fmt: skip
         else:
             _sgd_block(
-                pointers, whole + lanes, length, factor, decay, coefficients, COMPUTE, COUPLED, MAXIMIZE, CLIPPED, True
-            )
+                pointers, whole + lanes, length, factor, decay, coefficients, COMPUTE, CORRECTED, COUPLED, MAXIMIZE,
+                CLIPPED, True,
+            )  # fmt: skip
     for done in range(BLOCK, whole + BLOCK, BLOCK):
         index = whole - done + lanes
         if ADAM:
             _adam_block(
-                pointers, index, length, factor, decay, coefficients, COMPUTE, COUPLED, MAXIMIZE, CLIPPED, False
-            )
+                pointers, index, length, factor, decay, coefficients, COMPUTE, CORRECTED, COUPLED, MAXIMIZE, CLIPPED,
+                False,
+            )  # fmt: skip
         else:
             _sgd_block(
-                pointers, index, length, factor, decay, coefficients, COMPUTE, COUPLED, MAXIMIZE, CLIPPED, False
-            )
+                pointers, index, length, factor, decay, coefficients, COMPUTE, CORRECTED, COUPLED, MAXIMIZE, CLIPPED,
+                False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -122,8 +128,8 @@ def _coefficients(own, num_tensors, COMPUTE: tl.constexpr, ADAM: tl.constexpr):
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
 def update_kernel(
     tensors, grads, chunk_places, numbers, coefficients, keep, clip, first_chunk: tl.int64, num_tensors: tl.int64,
-    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, CORRECTED: tl.constexpr,
+    ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update by coefficients that are known: one a row of `coefficients` (fp64), a column for each tensor.
 
@@ -137,5 +143,5 @@ def update_kernel(
     weights = _coefficients(coefficients + tensor, num_tensors, COMPUTE, ADAM)
     update_chunk(
         row, tl.load(grads + tensor), start, length, clip, coupled_decay_of(row, numbers, COUPLED), weights,
-        DTYPE, GRAD_DTYPE, ALIGNED, COUPLED, MAXIMIZE, ADAM, BLOCK,
+        DTYPE, GRAD_DTYPE, MOMENT_DTYPE, CORRECTED, ALIGNED, COUPLED, MAXIMIZE, ADAM, BLOCK,
     )  # fmt: skip

@@ -17,7 +17,7 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def _optional(read: Callable[[str], bool | int]) -> Callable[[str], OptimArg]:
+def _optional(read: Callable[[str], bool | int | str]) -> Callable[[str], OptimArg]:
     return lambda text: None if text.lower() == "none" else read(text)
 
 
@@ -28,6 +28,7 @@ _READERS: dict[str, tuple[Callable[[str], OptimArg], str]] = {
     "word": (str, "a word"),
     "flag": (_boolean, "true or false"),
     "optional flag": (_optional(_boolean), "true, false or none"),
+    "optional word": (_optional(str), "a word or none"),
     "optional integer": (_optional(int), "a whole number or none"),
 }
 _FOR_THE_TRAINER = ("log_torque", "fused_clip")  # and not for the constructor
