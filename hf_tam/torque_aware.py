@@ -318,6 +318,7 @@ class TorqueAware(Optimizer, ABC):
         StateDictOptions(strict=False) load such a checkpoint, exactly, where all are asked for.
         """
         self._telemetry.read_skipped()
+        self._pipeline.vanishing.say()
         # Before the user's own, which may wrap and rename.
         ours = self.register_state_dict_post_hook(lambda _, packed: checkpoint.finish(self, packed), prepend=True)
         try:

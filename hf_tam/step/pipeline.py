@@ -15,6 +15,7 @@ from hf_tam.step import guards
 from hf_tam.step.batch import Batch
 from hf_tam.step.gathering import Gatherer, rounds
 from hf_tam.step.telemetry import Record, Telemetry
+from hf_tam.step.vanishing import Vanishing
 
 ParamGroups = list[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -33,6 +34,7 @@ class Pipeline:
         """Nothing is known of any tensor yet."""
         self._family, self._telemetry = family, telemetry
         self._gatherer = Gatherer(family)
+        self.vanishing = Vanishing()
 
     def step(
         self,
@@ -74,6 +76,8 @@ class Pipeline:
         telemetry.records[reducer] = [_record(batch) for batch in batches]
         if telemetry.promised is not None:
             telemetry.keep_promise(batches[0].is_off if batches else None)
+        if self.vanishing.before:
+            self.vanishing.look_after(on_host=all(batch.options.on_host for batch in batches))
         if is_new and isinstance(reducer, ParameterReducer):
             _forget_initialisation(batches)
         if not batches or telemetry.is_idle or any(batch.keep is not None for batch in batches):
@@ -85,8 +89,8 @@ class Pipeline:
         """Step every tensor once, as the paper does; None where GradScaler calls the step off."""
         # The tensors that have a gradient, with their states, side by side.
         batches = left = self._gatherer.batches(groups, states, reducer, name=name)
-        if len(batches) > 1:
-            guards.require_one_device(batches)
+        if self.vanishing.is_due or len(batches) > 1:
+            self._look_at(batches)
         # Where nothing comes between the sums and the update, a backend may take the whole step by itself.
         is_local = isinstance(reducer, LocalReducer)
         if is_local and scaling is None:
@@ -113,11 +117,17 @@ class Pipeline:
         shared = _shared_sums(together) if together else None
         for batch in left:
             batch.advance(shared if batch.options.scope == "model" else None)
-        # Other processes read these in the memory in which they lie (share_memory_, as for Hogwild): they are not
-        # replaced.
+        # Other processes read these where they lie (share_memory_, as for Hogwild).
         for state, part in [apart for batch in batches for apart in batch.apart]:
             state.copy_(part.view(state.shape))
         return batches
+
+    def _look_at(self, batches: list[Batch]) -> None:
+        """Before anything is done: what does not fit together, and in a first step what will not move."""
+        if len(batches) > 1:
+            guards.require_one_device(batches)
+        if self.vanishing.is_due:
+            self.vanishing.look_before(batches)
 
     def _is_coupled(self, param_groups: ParamGroups) -> bool:
         """Whether a weight decay is added to gradients."""
