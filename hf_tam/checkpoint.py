@@ -175,7 +175,7 @@ class _StateAdapter:
         # torch would make them the parameter's dtype.
         apart = {} if dtype == param.dtype else {key: moment.to(dtype) for key, moment in adapted.items()}
         if is_corrected(self._requested, param) and state.get(CORRECTION) is not None:
-            apart[CORRECTION] = adapted[CORRECTION] = self._correction(state, param, where)
+            adapted[CORRECTION] = self._correction(state, param, where)
         scalars = self._scalars(state, param, where)
         others = {key: value for key, value in state.items() if key not in self.known}
         # torch calls the type of whatever it can iterate over, and so makes "<generator object ...>" of a text.
@@ -212,10 +212,10 @@ class _StateAdapter:
 
     def _correction(self, state: Mapping[str, Any], param: Tensor, where: str) -> Tensor:
         correction = self._like(state[CORRECTION], CORRECTION, param, where)
-        if correction.dtype != torch.int16:
+        if correction.dtype != param.dtype:
             raise ValueError(
-                f"the saved {CORRECTION} of {where} is {correction.dtype}, and its bits are torch.int16: whoever "
-                "converted it has lost them; leave it out of the state to begin it anew"
+                f"the saved {CORRECTION} of {where} is {correction.dtype}, and its bits are called {param.dtype}: "
+                "whoever converted it has lost them; leave it out of the state to begin it anew"
             )
         return correction
 
@@ -289,7 +289,7 @@ def restore(optimizer: Member, adapted: Adapted) -> None:
         for name, value in adapted.kept.get(key, {}).items():
             if name in optimizer.family.scalar_states:
                 value = value.to(device=param.device, dtype=torch.float32, copy=True)
-            elif name == CORRECTION or name in optimizer.family.moments:
+            elif name in optimizer.family.moments:
                 value = value.to(device=param.device)
             optimizer.state[param][name] = value
 

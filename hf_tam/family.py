@@ -64,7 +64,7 @@ class Family:
                 state[key] = torch.full(shape, number, dtype=torch.float32, device=param.device)
         dtypes = dict.fromkeys(self.moments, moment_dtype(group, param))
         if is_corrected(group, param):
-            dtypes[CORRECTION] = torch.int16
+            dtypes[CORRECTION] = param.dtype
         for key, dtype in dtypes.items():
             if state.get(key) is None:
                 # In the parameter's memory order: kernels walk all of them by one index.

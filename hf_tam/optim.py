@@ -24,7 +24,7 @@ class _Adaptive(TorqueAware):
 
     The first moment is kept normalised: AdamW's exp_avg (with step_size="paper" the paper's m) is
     `exp_avg * exp_avg_scale`. `exp_avg` and `exp_avg_sq` have the parameter's layout and, without `state_bits`, its
-    dtype; `param_correction` is int16 and of that layout too, the others are 0-d fp32.
+    dtype; `param_correction` is 16 bits, called bfloat16, of that layout too; the others are 0-d fp32.
     """
 
     step_sizes = ADAPTIVE_STEP_SIZES

@@ -7,6 +7,9 @@ The fp32 weight is the sum of two words, the parameter's bits moved up by 16 and
 so the parameter is the weight rounded to nearest, and a tie goes away from zero. It cannot go to the even neighbour,
 as torch rounds: an even bfloat16 would then stand for 65,537 weights, and 16 bits tell 65,536 apart. All NaN are one.
 
+A correction is bits and no number. It is called bfloat16 all the same, for gloo and NCCL send no integers of 16 bits,
+torch's load_state_dict casts states to the dtype of their parameter, and FSDP1 wants one dtype of a unit's states.
+
 The kernels have dialects of `joined` and `split`, of the same names: native/numbers.h, triton/chunks.py.
 
 Nothing in this module communicates.
@@ -25,12 +28,12 @@ def joined(param: Tensor, correction: Tensor) -> Tensor:
 
     Args:
         param: bfloat16, any shape and strides.
-        correction: int16, the same shape.
+        correction: bits called bfloat16, the same shape.
 
     Returns:
         A new fp32 tensor of that shape.
     """
-    return ((param.view(torch.int16).to(torch.int32) << 16) + correction).view(torch.float32)
+    return ((param.view(torch.int16).to(torch.int32) << 16) + correction.view(torch.int16)).view(torch.float32)
 
 
 def split(weights: Tensor, param: Tensor, correction: Tensor) -> None:
@@ -39,10 +42,10 @@ def split(weights: Tensor, param: Tensor, correction: Tensor) -> None:
     Args:
         weights: fp32, any shape and strides.
         param: bfloat16, the same shape.
-        correction: int16, the same shape.
+        correction: bits called bfloat16, the same shape.
     """
     bits = weights.view(torch.int32)
     nan = weights.isnan()
     # A NaN whose bits are all set would become a zero by what is carried.
     param.view(torch.int16).copy_(((bits + _HALF) >> 16).masked_fill_(nan, 0x7FC0))
-    correction.copy_(bits.masked_fill(nan, 0))
+    correction.view(torch.int16).copy_(bits.masked_fill(nan, 0))

@@ -230,8 +230,8 @@ class TorqueAware(Optimizer, ABC):
                 if param.dtype != torch.bfloat16:
                     continue
                 # One dtype of all states of a unit (torch 2.13, fsdp/_optim_utils.py, _convert_all_state_info).
-                if is_sliced(param) or is_flat(param):
-                    keeper = "FSDP1 saves no optimizer state of 16-bit integers: use FSDP2 (fsdp_version: 2)"
+                if (is_sliced(param) or is_flat(param)) and group["state_bits"] == 32:
+                    keeper = "FSDP1 saves states of one dtype only: leave out state_bits=32, or use FSDP2"
                 elif self.logical.is_partitioned(self.param_groups):
                     keeper = "DeepSpeed ZeRO's flat buffers keep fp32 weights themselves: train those"
                 else:

@@ -137,7 +137,7 @@ def test_moments_in_bfloat16_move_the_same_weights(options):
 def test_every_bit_pattern_comes_back(patterns):
     weights = torch.tensor([each - 2**32 if each >= 2**31 else each for each in patterns], dtype=torch.int32)
     weights = weights.view(torch.float32)
-    param, correction = torch.empty(len(weights), dtype=torch.bfloat16), torch.empty(len(weights), dtype=torch.int16)
+    param, correction = (torch.empty(len(weights), dtype=torch.bfloat16) for _ in range(2))
     split(weights, param, correction)
     back = joined(param, correction)
     is_nan = weights.isnan()
@@ -189,6 +189,11 @@ def test_what_is_not_known_is_refused(arguments, message):
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+def bits(tensor):
+    """Of a correction some look like NaN, which equals nothing."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
 def trained(steps, *, start=0, loaded=None, narrow=None, **arguments):
     _, made = pair([(17, 9), (5,)])
     narrow = made if narrow is None else narrow
@@ -213,8 +218,8 @@ def test_a_resumed_run_goes_on(arguments, tmp_path):
         assert torch.equal(left, right)
         assert expected.state[left].keys() == optimizer.state[right].keys()
         for key, value in expected.state[left].items():
-            assert torch.equal(value, optimizer.state[right][key]), key
             assert value.dtype == optimizer.state[right][key].dtype
+            assert torch.equal(bits(value), bits(optimizer.state[right][key])), key
 
 
 def test_states_are_converted_to_what_is_asked_for():
@@ -224,7 +229,7 @@ def test_states_are_converted_to_what_is_asked_for():
         _, plain = trained(2)
         params, optimizer = trained(1, loaded=copy.deepcopy(plain.state_dict()), **CORRECTED)
         state = optimizer.state[params[0]]
-        assert (state["exp_avg"].dtype, state["param_correction"].dtype) == (torch.float32, torch.int16)
+        assert (state["exp_avg"].dtype, state["param_correction"].dtype) == (torch.float32, torch.bfloat16)
         assert state["step"] == 3
         params, optimizer = trained(1, loaded=copy.deepcopy(optimizer.state_dict()))
     state = optimizer.state[params[0]]
@@ -238,7 +243,7 @@ def test_adamws_state_is_taken_over_and_given_back():
     narrow[0].grad = torch.ones_like(narrow[0])
     adamw.step()
     params, optimizer = trained(1, loaded=adamw.state_dict(), narrow=narrow, **CORRECTED)
-    assert optimizer.state[params[0]]["param_correction"].dtype == torch.int16
+    assert optimizer.state[params[0]]["param_correction"].dtype == torch.bfloat16
     exported = hf_tam.export_torch_state_dict(optimizer)
     assert "param_correction" not in exported["state"][0]
     adamw.load_state_dict(exported)
@@ -257,7 +262,7 @@ def test_copies_and_pickles_have_it(tmp_path):
     params, optimizer = trained(2, **CORRECTED)
     twin = copy.deepcopy(optimizer)
     (key, *_) = twin.state
-    assert torch.equal(twin.state[key]["param_correction"], optimizer.state[params[0]]["param_correction"])
+    assert torch.equal(bits(twin.state[key]["param_correction"]), bits(optimizer.state[params[0]]["param_correction"]))
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert saved["state"][0]["param_correction"].dtype == torch.int16
+    assert saved["state"][0]["param_correction"].dtype == torch.bfloat16

@@ -103,7 +103,8 @@ def test_the_arguments_have_these_defaults(page):
     text = (ROOT / page).read_text().partition("argument")[2]
     found = dict(re.findall(r"^(?:\*|\|) `(\w+)` (?:\(|\| )`?([\w.-]+)`?(?: \||\))", text, flags=re.MULTILINE))
     parameters = inspect.signature(hf_tam.AdaTAMW).parameters
-    ours = ["gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite", "max_grad_norm"]
+    kept = ["param_correction", "state_bits"]
+    ours = ["gamma", "damping_eps", "scope", "step_size", "torque_steps", "nonfinite", "max_grad_norm", *kept]
     assert list(found) == ours
     assert {name: str(parameters[name].default).lower() for name in ours} == {
         name: str(float(value)) if value[0].isdigit() else value for name, value in found.items()

@@ -367,10 +367,10 @@ def _require_together(tensors: Tensors, at: int, name: Callable[[int], str]) -> 
                 "changed; convert the states with the parameter, or build the optimizer after the model has its dtype"
             )
     for correction in corrections:
-        if correction.dtype != torch.int16:
+        if correction.dtype != param.dtype:
             raise ValueError(
                 f"the correction in optimizer.state of parameter {name(at)} (shape {tuple(param.shape)}) is "
-                f"{correction.dtype}, and must be torch.int16. Nothing was changed; delete it "
+                f"{correction.dtype}, and its bits are called torch.bfloat16. Nothing was changed; delete it "
                 "(`del optimizer.state[param]['param_correction']`) to begin it anew"
             )
 

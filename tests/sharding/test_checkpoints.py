@@ -24,9 +24,14 @@ RUNS = {
     "fsdp2-bits": ("fsdp2", 2, "AdaTAMW", {"dtype": BF16, "kept": KEPT}, [
         ("fsdp2", 2, "dcp"), ("fsdp2", 2, "full"), ("fsdp2", 2, "ranks"), ("fsdp2", 4, "dcp"), ("fsdp2", 1, "dcp"),
     ]),
+    "fsdp1-bits": ("fsdp1", 2, "AdaTAMW", {"dtype": BF16, "kept": {"param_correction": "bits16"}}, [
+        ("fsdp1", 2, "fsdp1-full"), ("fsdp1", 2, "dcp"),
+    ]),
     "fsdp1-wide": ("fsdp1", 2, "AdaTAMW", {"dtype": BF16, "kept": {"state_bits": 32}}, [
         ("fsdp1", 2, "fsdp1-full"), ("fsdp1", 2, "dcp"),
     ]),
+    "hsdp-bits": ("hsdp", 4, "AdaTAM", {"dtype": BF16, "kept": KEPT}, [("hsdp", 4, "dcp")]),
+    "tp-bits": ("tp", 2, "AdaTAMW", {"dtype": BF16, "kept": KEPT}, [("tp", 2, "dcp")]),
     "ddp-bits": ("ddp", 2, "TAM", {"dtype": BF16, "kept": KEPT}, [("ddp", 2, "ranks")]),
     "fsdp2-lora": ("fsdp2", 4, "AdaTAMW", {"lora": True}, [("fsdp2", 4, "dcp")]),
     "fsdp2-offload-tam": ("fsdp2-offload", 2, "TAM", {}, [("fsdp2-offload", 2, "dcp")]),
@@ -143,10 +148,10 @@ def first_step(name):
     checkpoints.train(model, optimizer, 0, 1)
 
 
-def test_corrections_under_fsdp1_are_refused_before_a_step(worlds):
+def test_states_of_two_dtypes_under_fsdp1_are_refused_before_a_step(worlds):
     """It could train with them, and not save them."""
     with pytest.raises(
-        AssertionError, match=r"param_correction='bits16' cannot be used here: FSDP1 saves no .* FSDP2"
+        AssertionError, match=r"param_correction='bits16' cannot be used here: FSDP1 saves states of one dtype"
     ):
         worlds(2).run(first_step, "fsdp1")
 
