@@ -79,7 +79,13 @@ def _assert_same_walk(ours, theirs, moves, seed):
 
 
 @pytest.mark.long
-@ADAM_BACKENDS
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("foreach", "capturable-single", "fused")))
+        for name in backends_of("AdaTAMW")
+    ],
+)
 @given(
     name=st.sampled_from(["AdaTAMW", "AdaTAM"]),
     scope=st.sampled_from(["tensor", "model"]),
@@ -372,8 +378,11 @@ def test_nothing_left_of_any_gradient(backend, scope, step_size):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "backend", "steps"),
-    [("AdaTAMW", "default", 10_000), ("AdaTAMW", "foreach", 400), ("AdaTAMW", "single", 400),
-     ("AdaTAMW", "capturable", 400), ("TAM", "default", 400)],
+    [
+        ("AdaTAMW", "default", 10_000), ("AdaTAMW", "capturable", 400), ("TAM", "default", 400),
+        pytest.param("AdaTAMW", "foreach", 400, marks=pytest.mark.slow),
+        pytest.param("AdaTAMW", "single", 400, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_nothing_grows(name, backend, steps):
     parameters = fresh_parameters(((3,),))

@@ -218,10 +218,19 @@ TRAINED = [
     "transformers-zero2", "transformers-zero3", "accelerate-template-zero1", "accelerate-template-zero3",
     "llama-factory-z0", "llama-factory-z2-offload", "axolotl-zero3",
 ]  # fmt: skip
+SLOW = ("transformers-zero2", "llama-factory-z0", "axolotl-zero3")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in ("transformers-zero2", "llama-factory-z0", "axolotl-zero3"))
+        )
+        for name in TRAINED
+    ],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_trainer_trains_and_the_rate_moves_as_adamws(tmp_path, name):
     """The control is what the file trains without us: DeepSpeed's or torch's AdamW, with the file's scheduler."""

@@ -79,9 +79,18 @@ def rates_of(trainer):
     return {kind: sorted(rates) for kind, rates in found.items()}
 
 
+OTHERS = ("adatam", "sgd", "tam")
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("optim", ["adamw_torch", "adatamw", "adatam", "tam", "sgd"])
-@pytest.mark.parametrize(("what", "named"), [(FULL, "10x"), (LORA, "1e-2"), ([*LORA, "--loraplus_lr_ratio=4"], "10x")])
+@pytest.mark.parametrize(
+    ("optim", "what", "named"),
+    [
+        pytest.param(optim, what, named, marks=[pytest.mark.slow] * (what is not FULL and optim in OTHERS))
+        for what, named in ((FULL, "10x"), (LORA, "1e-2"), ([*LORA, "--loraplus_lr_ratio=4"], "10x"))
+        for optim in ("adamw_torch", "adatamw", "adatam", "tam", "sgd")
+    ],
+)
 def test_every_optimizer_gets_the_group(optim, what, named, trainers, tmp_path):
     recipe, flags = encoder("bert", tmp_path)
     flags += [*what, f"--optim={optim}", "--learning_rate=1e-3", f"--head_learning_rate={named}", "--weight_decay=0.1"]

@@ -78,14 +78,18 @@ def whole_run(worlds, tmp_path_factory):
     return run
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("plugin", "victims", "seed", "again"),
     [
         ((2, SHARDED), (0,), 1, True),
-        ((2, SHARDED), (1,), 2, False),
-        ((2, FULL), (0,), 4, False),
+        slow((2, SHARDED), (1,), 2, False),
+        slow((2, FULL), (0,), 4, False),
         ((2, FULL), (1,), 5, False),
-        ((1, SHARDED), (0, 1), 6, False),
+        slow((1, SHARDED), (0, 1), 6, False),
         (None, (0,), 7, True),
     ],
     ids=lambda value: str(value).replace(" ", ""),
@@ -161,10 +165,10 @@ def whole_states(worlds, tmp_path_factory):
     ("plugin", "victims", "seed", "again"),
     [
         ((2, SHARDED), (0,), 11, True),
-        ((2, SHARDED), (1,), 12, False),
+        slow((2, SHARDED), (1,), 12, False),
         ((2, FULL), (1,), 15, True),
-        ((1, FULL), (0,), 16, False),
-        (None, (0, 1), 17, False),
+        slow((1, FULL), (0,), 16, False),
+        slow(None, (0, 1), 17, False),
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )

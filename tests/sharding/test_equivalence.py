@@ -24,9 +24,16 @@ OPTIMIZERS = ("AdaTAMW", "AdaTAM", "TAM")
 SCOPES = ("tensor", "model")
 
 
+# With fewer ranks the same strategy is in the gate; three ranks cut unevenly, four are two dimensions.
+SLOW = {
+    "fsdp2-reshard-True-4", "fsdp2-reshard-False-3", "fsdp2-reshard-False-4", "fsdp1-full_shard-4",
+    "fsdp1-shard_grad_op-4", "tp-4", "ddp-4",
+}  # fmt: skip
+
+
 def full_product(shardings):
     """All combinations; what `pairwise` leaves out is slow."""
-    in_gate = {parameters.id for parameters in pairwise(shardings)}
+    in_gate = {parameters.id for parameters in pairwise([each for each in shardings if each.name not in SLOW])}
     for sharding, optimizer_name, scope, lora in itertools.product(shardings, OPTIMIZERS, SCOPES, (False, True)):
         if is_possible(sharding, scope, lora):
             parameters = case(sharding, optimizer_name, scope, lora)
@@ -94,10 +101,10 @@ def test_corrected_weights(worlds, optimizer_name):
 
 
 def zero_in_gate():
-    """`pairwise`; of the engines of four ranks, which take 7 s each, all but two are slow."""
+    """`pairwise`; of the engines of four ranks, which take 7 s each, all but one are slow."""
     for parameters in pairwise(strategies.ZERO):
         sharding = parameters.values[0]
-        is_slow = sharding.world == 4 and sharding.name not in ("zero2-groups-4", "zero3-subgroups-4")
+        is_slow = sharding.world == 4 and parameters.id != "zero3-subgroups-4-AdaTAMW-tensor"
         yield pytest.param(*parameters.values, id=parameters.id, marks=[pytest.mark.slow] * is_slow)
 
 

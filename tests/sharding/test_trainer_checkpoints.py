@@ -31,6 +31,8 @@ needs_adapters = pytest.mark.skipif(
 def marked(plugin, *values):
     marks = [needs_as_configured] if plugin in (None, (1, SHARDED), (2, FULL)) else []
     marks += [needs_adapters] if plugin == (2, FULL) and True in values else []
+    # With an adapter in the gate under FSDP2 alone.
+    marks += [pytest.mark.slow] if True in values and plugin != (2, SHARDED) else []
     return pytest.param(plugin, *values, marks=marks)
 
 
