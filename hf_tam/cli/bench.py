@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16")
 # torch is not imported to print a help text: these are hf_tam.lab.bench's own lists, which a test compares.
 _OPTIMIZERS = (
-    "adamw", "adamw-foreach", "adamw-loop", "adatamw", "adatamw-fused", "adatamw-foreach", "adatamw-single", "adatam",
-    "sgd", "tam", "pytorch_optimizer.AdaTAM", "bitsandbytes.AdamW8bit",
+    "adamw", "adamw-foreach", "adamw-loop", "adatamw", "adatamw-fused", "adatamw-foreach", "adatamw-single",
+    "adatamw-bits16", "adatamw-bits16-state32", "adatam", "sgd", "tam",
+    "pytorch_optimizer.AdaTAM", "bitsandbytes.AdamW8bit",
 )  # fmt: skip
 _WORKLOADS = ("lora-7b", "full-100m", "full-1b", "many-N", "many-groups")
 _EPILOG = f"""\

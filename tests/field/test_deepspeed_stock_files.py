@@ -224,12 +224,7 @@ SLOW = ("transformers-zero2", "llama-factory-z0", "axolotl-zero3")
 @pytest.mark.long
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.slow] * (name in ("transformers-zero2", "llama-factory-z0", "axolotl-zero3"))
-        )
-        for name in TRAINED
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRAINED],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_trainer_trains_and_the_rate_moves_as_adamws(tmp_path, name):

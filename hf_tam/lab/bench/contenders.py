@@ -104,6 +104,20 @@ CONTENDERS = {
         clips=True,
         accesses=9,
     ),
+    "adatamw-bits16": Contender(
+        partial(_ours, AdaTAMW, param_correction="bits16"),
+        "AdaTAMW(param_correction='bits16'): in bfloat16, weights that lose no step",
+        clips=True,
+        moments=3,
+        accesses=11,
+    ),
+    "adatamw-bits16-state32": Contender(
+        partial(_ours, AdaTAMW, param_correction="bits16", state_bits=32),
+        "the same with moments in fp32",
+        clips=True,
+        moments=5,
+        accesses=None,
+    ),
     "adatam": Contender(partial(_ours, AdaTAM), "AdaTAM as it comes", clips=True, accesses=9),
     "sgd": Contender(
         _sgd, "torch.optim.SGD(momentum=0.9), fused where that is right", baseline="sgd", moments=1, accesses=5
