@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from peft import TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from recipes.support import adapters, causal_demo, models, parallel, reporting
+from recipes.support import adapters, causal_demo, models, narrow_weights, parallel, reporting
 from recipes.support.arguments import DEMO, LmModelArguments
 from recipes.support.errors import RecipeError
 
@@ -48,6 +48,7 @@ def report(groups: tuple[Any, ...]) -> int:
         RecipeError: there is no such model, or the adapter does not fit it.
     """
     _, model_arguments, _, arguments = groups
+    narrow_weights.keep_steps(groups)
     accelerator = Accelerator(cpu=arguments.use_cpu, deepspeed_plugin=arguments.deepspeed_plugin)
     model = build_on_meta(model_arguments)
     if not accelerator.is_main_process:

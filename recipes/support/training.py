@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_tam import TorqueCallback
 from hf_tam.integrations.transformers.patches import uses_ours
-from recipes.support import early_checks, reporting, speed
+from recipes.support import early_checks, narrow_weights, reporting, speed
 from recipes.support import resuming as resuming_runs
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
@@ -40,6 +40,7 @@ def check_run(*groups: Any) -> Path | None:
     """
     run, training = groups[0], groups[-1]
     early_checks.check(training)
+    narrow_weights.keep_steps(groups)
     if training.disable_tqdm:  # which covers the Trainer's own bars alone
         transformers_logging.disable_progress_bar()
         disable_progress_bars()

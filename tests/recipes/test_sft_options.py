@@ -276,6 +276,25 @@ def test_dry_run_writes_nothing_and_repeats_as_a_configuration(sft, tmp_path):
     assert again == output
 
 
+@pytest.mark.parametrize(
+    ("flags", "each"),
+    [
+        (["--dtype=bfloat16"], 6), (["--dtype=bfloat16", "--optim_args=param_correction=none"], 4),
+        (["--dtype=bfloat16", "--optim_args=state_bits=32"], 10), (["--dtype=float32"], 8),
+        (["--dtype=bfloat16", "--optim=adamw_torch"], 4), (["--dtype=bfloat16", "--use_peft"], 8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_trained_bfloat16_weights_have_a_correction_unless_it_is_declined(flags, each, sft):
+    status, output, error = sft(*flags, "--dry_run", full="--use_peft" not in flags)
+    assert status == 0, error
+    rows = dict(line.rsplit("  ", 1) for line in output.splitlines() if "  " in line)
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    trained = int(rows["trained parameters"].split(" of ")[0].replace(",", ""))
+    assert rows["optimizer states"] == f"{each * trained / 1e6:.2f} MB"
+    assert ("param_correction=bits16" in output) == (each in (6, 10))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "names"), [([], ["loraplus_lr_ratio"]), (["--load_in_4bit"], ["4 bits, nf4"])], ids=["plain", "4 bits"]
