@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+from hf_tam.lab.report import looks
 from hf_tam.lab.report.grouping import Band, Group, Heatmap, band, heatmaps
-from hf_tam.lab.report.reading import Run
+from hf_tam.lab.report.looks import THEMES
+from hf_tam.lab.report.reading import REWARDS
 
 _NEUTRAL = 0.5
 _MOST_LABELS = 48
-# Okabe and Ito's colours, which the colour-blind can tell apart; the dark page has the lighter ones.
-_COLOURS = {
-    "light": ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#B8860B"),
-    "dark": ("#56B4E9", "#E69F00", "#2DC49A", "#E08FC0", "#F0E442", "#FF8A5C"),
-}
-_STYLES = ("-", "--", ":", "-.")
-_PAGE = {"light": ("#ffffff", "#1b1f24", "#d5d9de"), "dark": ("#14181d", "#e4e8ec", "#3a424b")}
+_MOST_PANELS = 9
 _MAPS = {"light": "RdBu_r", "dark": "berlin"}
-THEMES = ("light", "dark")
+_REWARD_UNITS = {
+    "rewards/margins": ("margin (chosen - rejected)", 0.0),
+    "rewards/accuracies": ("accuracy (pairs with margin > 0)", 0.5),
+    "rewards/chosen": ("reward of chosen", 0.0),
+    "rewards/rejected": ("reward of rejected", 0.0),
+}
 
 
 @dataclass
@@ -36,185 +35,235 @@ class Picture:
     png: dict[str, bytes]
 
 
+class Panel(NamedTuple):
+    """What one pair of axes shows.
+
+    Attributes:
+        key: what was logged.
+        unit: for the vertical axis.
+        reference: where a faint line marks that nothing was learnt; the axis is linear then.
+    """
+
+    key: str
+    unit: str
+    reference: float | None = None
+
+
 def draw_all(groups: list[Group]) -> list[Picture]:
     """Draw every picture that there are values for."""
-    evaluations = _evaluation_keys(groups)
-    wanted = [
-        ("loss", "Training loss", ["loss"], ["training loss"]),
-        (
-            "evaluation",
-            "Evaluation",
-            evaluations,
-            [key.removeprefix("eval_").replace("_", " ") for key in evaluations],
-        ),
-        ("gradient-norm", "Gradient norm", ["grad_norm"], ["gradient norm (L2)"]),
+    keys = list(dict.fromkeys(key for group in groups for run in group.runs for key in run.keys()))
+    evaluated = _evaluation_keys(groups, keys)
+    shown, others = evaluated[:_MOST_PANELS], [key.removeprefix("eval_") for key in evaluated[_MOST_PANELS:]]
+    panels = [Panel(key, key.removeprefix("eval_").replace("_", " ")) for key in shown]
+    rewards, sources = _reward_panels(groups, keys)
+    norms = [Panel("grad_norm", "gradient norm (L2)")]
+    norms_caption = "Of all gradients together, before clipping."
+    others_caption = f"Not drawn: {', '.join(others)}." if others else ""
+    drawn = [
+        _curves_of("loss", "Training loss", "", groups, [Panel("loss", "training loss")]),
+        _curves_of("evaluation", "Evaluation", others_caption, groups, panels),
+        _curves_of("rewards", "Rewards", _rewards_caption(sources), groups, rewards, columns=sources),
+        _curves_of("gradient-norm", "Gradient norm", norms_caption, groups, norms),
+        _damping(groups),
     ]
-    pictures = []
-    for name, title, keys, units in wanted:
-        present = [(key, unit) for key, unit in zip(keys, units, strict=True) if any(band(g, key) for g in groups)]
-        if present:
-            png = {theme: _curves(groups, present, theme) for theme in THEMES}
-            caption = "Of all gradients together, before clipping." if name == "gradient-norm" else ""
-            pictures.append(Picture(name, title, caption, png))
-    if any(band(group, "torque/damping_mean") for group in groups):
-        png = {theme: _damping(groups, theme) for theme in THEMES}
-        caption = "Line: mean over parameter tensors; band: from the 10th to the 90th percentile of the tensors."
-        pictures.append(Picture("damping", "Damping over time", caption, png))
-    return pictures + _draw_heatmaps(groups)
+    return [picture for picture in drawn if picture is not None] + _draw_heatmaps(groups)
 
 
-def _evaluation_keys(groups: list[Group]) -> list[str]:
-    keys = dict.fromkeys(key for group in groups for run in group.runs for row in run.metrics for key in row)
-    return [key for key in keys if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))][:6]
+def _evaluation_keys(groups: list[Group], keys: list[str]) -> list[str]:
+    apart = (*REWARDS, "_runtime", "_per_second", "_num_tokens")
+    wanted = [key for key in keys if key.startswith("eval_") and not key.endswith(apart)]
+    return [key for key in wanted if any(band(group, key) for group in groups)]
 
 
-def _curves(groups: list[Group], keys: Sequence[tuple[str, str]], theme: str) -> bytes:
-    figure, axes = _new_figure(theme, len(keys))
-    for panel, (key, unit) in zip(axes, keys, strict=True):
-        curves = [(number, curve) for number, group in enumerate(groups) if (curve := band(group, key))]
-        for number, curve in curves:
-            _draw_band(panel, curve, number, theme, marked=key.startswith("eval_"))
-        if _spans_magnitudes([value for _, curve in curves for value in curve.low + curve.high]):
-            panel.set_yscale("log")
-            panel.yaxis.set_major_formatter("{x:g}")
-            unit = f"{unit} (log scale)"
-        _label(panel, "optimizer step", unit)
-    return _finish(figure, [group.label for group in groups], theme)
+def _reward_panels(groups: list[Group], keys: list[str]) -> tuple[list[Panel], list[str]]:
+    """A row for each of the rewards, a column for training and each evaluation, and what the columns are."""
+    logged = [(key, reward) for key in keys for reward in REWARDS if key.endswith(reward)]
+    logged = [(key, reward) for key, reward in logged if any(band(group, key) for group in groups)]
+    prefixes = sorted({key.removesuffix(reward) for key, reward in logged})  # training, which has none, is the first
+    words = {prefix: _source(prefix) for prefix in prefixes}
+    rewards = [reward for reward in REWARDS if any(reward == found for _, found in logged)]
+    panels = [
+        Panel(f"{prefix}{reward}", f"{_REWARD_UNITS[reward][0]},\n{words[prefix]}", _REWARD_UNITS[reward][1])
+        for reward in rewards
+        for prefix in prefixes
+    ]
+    return panels, list(words.values())
 
 
-def _spans_magnitudes(values: Sequence[float]) -> bool:
-    """Whether a linear axis would press most of the curve against the bottom."""
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0.0 and max(finite) > 10.0 * min(finite)
+def _source(prefix: str) -> str:
+    named = prefix.removeprefix("eval_").rstrip("_")
+    return "training" if not prefix else f"evaluation {named}".rstrip() if prefix.startswith("eval_") else named
 
 
-def _damping(groups: list[Group], theme: str) -> bytes:
-    figure, (panel,) = _new_figure(theme, 1)
-    shown = []
+def _rewards_caption(sources: list[str]) -> str:
+    return (
+        f"Columns: {', '.join(sources)}; a row has one scale. Faint lines: chance for accuracies, else 0. In DPO the "
+        "reward of a completion is beta times the logarithm of how much likelier it is than under the reference; TRL "
+        "counts an accuracy of 0 where nothing differs yet."
+    )
+
+
+def _picture(name: str, title: str, caption: str, draw: Callable[[str], Any]) -> Picture:
+    return Picture(name, title, caption, {theme: looks.to_png(draw(theme)) for theme in THEMES})
+
+
+def _curves_of(
+    name: str, title: str, caption: str, groups: list[Group], panels: list[Panel], *, columns: Sequence[str] = ()
+) -> Picture | None:
+    curves = [{number: curve for number, group in enumerate(groups) if (curve := band(group, panel.key))}
+              for panel in panels]  # fmt: skip
+    if not any(curves):
+        return None
+
+    def draw(theme: str) -> Any:
+        height = 2.5 if columns else 3.2
+        figure, axes = looks.new_figure(theme, len(panels), height=height, columns=len(columns) or 3)
+        for axis, panel, drawn in zip(axes, panels, curves, strict=True):
+            _draw_panel(axis, panel, drawn, theme)
+        for start in range(0, len(axes) if columns else 0, len(columns) or 1):
+            _share_scale(axes[start : start + len(columns)], curves[start : start + len(columns)])
+        return _with_legend(figure, groups, curves, theme)
+
+    return _picture(name, title, caption, draw)
+
+
+def _draw_panel(axis: Any, panel: Panel, curves: Mapping[int, Band], theme: str) -> None:
+    faint = min(0.22, 0.66 / max(1, len(curves)))  # many bands above each other would hide the lines
+    for number, curve in curves.items():
+        _draw_band(axis, curve, looks.curve_look(number, theme), faint, marked=panel.key.startswith("eval_"))
+    broken = [number for number, curve in curves.items() if curve.nonfinite]
+    for place, number in enumerate(broken):
+        _mark_nonfinite(axis, curves[number], place, looks.curve_look(number, theme).color)
+    values = [value for curve in curves.values() for value in curve.low + curve.high if math.isfinite(value)]
+    unit = panel.unit
+    if not values:
+        axis.set_yticks([])
+        words = "no finite value" if curves else "not logged"
+        axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", color=looks.ink(theme))
+    elif panel.reference is not None:
+        axis.axhline(panel.reference, color=looks.ink(theme), linewidth=1, linestyle=(0, (1, 3)))
+    elif min(values) > 0.0 and max(values) > 10.0 * min(values):  # else most of the curve is pressed to the bottom
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        unit = f"{unit} (log scale)"
+    looks.label_axes(axis, "optimizer step", unit)
+
+
+def _share_scale(axes: Sequence[Any], curves: Sequence[Mapping[int, Band]]) -> None:
+    drawn = [axis for axis, found in zip(axes, curves, strict=True) if found and len(axis.get_yticks())]
+    for axis in drawn:
+        axis.set_ylim(min(one.get_ylim()[0] for one in drawn), max(one.get_ylim()[1] for one in drawn))
+
+
+def _damping(groups: list[Group]) -> Picture | None:
+    curves = {}
     for number, group in enumerate(groups):
         curve = band(group, "torque/damping_mean")
         if curve is None:
             continue
         low, high = band(group, "torque/damping_p10"), band(group, "torque/damping_p90")
         if low is not None and high is not None and low.steps == high.steps == curve.steps:
-            curve = Band(curve.steps, curve.mean, low.mean, high.mean)
-        _draw_band(panel, curve, number, theme)
-        shown.append((number, group.label))
-    panel.axhline(_NEUTRAL, color=_PAGE[theme][1], linewidth=1, linestyle=(0, (1, 3)))
-    _label(panel, "optimizer step", "damping d (0.5: as AdamW)")
-    return _finish(figure, [label for _, label in shown], theme, numbers=[number for number, _ in shown])
+            nonfinite = curve.nonfinite + low.nonfinite + high.nonfinite
+            curve = Band(curve.steps, curve.mean, low.mean, high.mean, nonfinite)
+        curves[number] = curve
+    if not curves:
+        return None
+
+    def draw(theme: str) -> Any:
+        figure, (axis,) = looks.new_figure(theme, 1)
+        _draw_panel(axis, Panel("torque/damping_mean", "damping d (0.5: as AdamW)", _NEUTRAL), curves, theme)
+        return _with_legend(figure, groups, [curves], theme)
+
+    caption = "Line: mean over parameter tensors; band: from the 10th to the 90th percentile of the tensors."
+    return _picture("damping", "Damping over time", caption, draw)
 
 
-def _draw_band(panel: Any, curve: Band, number: int, theme: str, *, marked: bool = False) -> None:
-    colours = _COLOURS[theme]
-    colour = colours[number % len(colours)]
-    marker = "o" if marked or len(curve.steps) == 1 else None
-    style = _STYLES[number % len(_STYLES)]
-    panel.plot(curve.steps, curve.mean, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=4)
+def _with_legend(figure: Any, groups: list[Group], curves: Sequence[Mapping[int, Band]], theme: str) -> Any:
+    """Name what is drawn, and nothing else."""
+    labels = {number: group.label for number, group in enumerate(groups) if any(number in found for found in curves)}
+    bands = [curve for found in curves for curve in found.values()]
+    kinds = {looks.kind(value) for curve in bands for _, value in curve.nonfinite}
+    looks.add_legend(figure, labels, theme, nonfinite=kinds)
+    return figure
+
+
+def _draw_band(axis: Any, curve: Band, look: looks.Look, faint: float, *, marked: bool) -> None:
+    """Draw a curve, interrupted where it has no finite value; a point between two such is a dot."""
+    finite = [False, *map(math.isfinite, curve.mean), False]
+    dots = {place for place in range(len(curve.steps)) if not (finite[place] or finite[place + 2])}
+    if marked:
+        dots.update(range(len(curve.steps)))
+    elif look.needs_marker:
+        dots.update(range(0, len(curve.steps), math.ceil(len(curve.steps) / 10)))
+    axis.plot(curve.steps, curve.mean, markevery=sorted(dots), **look.of_line())
     if curve.low != curve.high:
-        panel.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.22, linewidth=0)
+        axis.fill_between(curve.steps, curve.low, curve.high, color=look.color, alpha=faint, linewidth=0)
+
+
+def _mark_nonfinite(axis: Any, curve: Band, place: int, colour: str) -> None:
+    """Mark NaN and infinities at the edges, the curves that have some a little above or below each other."""
+    for kind, (marker, edge, towards) in looks.NONFINITE.items():
+        steps = sorted({step for step, value in curve.nonfinite if looks.kind(value) == kind})
+        if steps:
+            heights = [edge + towards * 0.045 * (place % 20)] * len(steps)
+            across = axis.get_xaxis_transform()
+            axis.plot(steps, heights, marker, color=colour, markersize=5, transform=across, gid=kind)
 
 
 def _draw_heatmaps(groups: list[Group]) -> list[Picture]:
-    runs = [run for group in groups for run in group.runs if run.torque]
-    maps = {run.name: heatmaps(run) for run in runs}
-    values = [v for found in maps.values() for one in found for row in one.values for v in row if v is not None]
-    reach = max((abs(value - _NEUTRAL) for value in values), default=0.0) or 0.01
+    runs = [(run, group.label_of(run)) for group in groups for run in group.runs if run.torque]
+    maps = {run.name: heatmaps(run) for run, _ in runs}
+    cells = [v for found in maps.values() for one in found for row in one.values for v in row if v is not None]
+    reach = max((abs(value - _NEUTRAL) for value in cells if math.isfinite(value)), default=0.0) or 0.01
     caption = "Mean damping of the tensors of each layer group; the colours mean the same in all heatmaps."
+    if not all(map(math.isfinite, cells)):
+        caption += " ×: NaN or infinite."  # noqa: RUF001
     return [
-        Picture(
+        _picture(
             f"heatmap-{number}",
             f"Damping by layer: {run.name}",
-            caption,
-            {theme: _heatmap(run, maps[run.name], reach, theme) for theme in THEMES},
+            caption if label == run.name else f"{label}. {caption}",
+            partial(_heatmap, maps[run.name], reach, label if len(runs) > 1 else ""),
         )
-        for number, run in enumerate(runs, start=1)
+        for number, (run, label) in enumerate(runs, start=1)
     ]
 
 
-def _heatmap(run: Run, maps: list[Heatmap], reach: float, theme: str) -> bytes:
+def _heatmap(maps: list[Heatmap], reach: float, title: str, theme: str) -> Any:
     rows = max(len(one.layers) for one in maps)
-    figure, axes = _new_figure(
-        theme, len(maps), height=max(2.6, 1.4 + 0.24 * min(rows, _MOST_LABELS)), side_by_side=True
-    )
+    height = max(2.6, 1.4 + 0.24 * min(rows, _MOST_LABELS))
+    figure, axes = looks.new_figure(theme, len(maps), height=height, columns=2)
     image = None
     for panel, one in zip(axes, maps, strict=True):
-        numbers = [[math.nan if value is None else value for value in row] for row in one.values]
-        edges = [one.steps[0] - (one.steps[1] - one.steps[0] if len(one.steps) > 1 else 1), *one.steps]
-        image = panel.pcolormesh(
-            edges, range(len(one.layers) + 1), numbers, cmap=_MAPS[theme], vmin=_NEUTRAL - reach, vmax=_NEUTRAL + reach
-        )
-        every = math.ceil(len(one.layers) / _MOST_LABELS)
-        places = range(0, len(one.layers), every)
-        panel.set_yticks([place + 0.5 for place in places], [one.layers[place] for place in places], fontsize=8)
-        panel.invert_yaxis()
-        panel.grid(visible=False)
-        for text in panel.get_yticklabels():
-            text.set_parse_math(False)  # a $ in a name begins no formula
-        panel.set_title(one.part or "all tensors", fontsize=10)
-        _label(panel, "optimizer step", "")
+        image = _draw_heatmap(panel, one, reach, theme)
     bar = figure.colorbar(image, ax=list(axes), fraction=0.04, pad=0.02)
-    ink = _PAGE[theme][1]
-    bar.set_label("damping d (0.5: as AdamW)", color=ink)
-    bar.ax.tick_params(color=ink, labelcolor=ink)
+    bar.set_label("damping d (0.5: as AdamW)", color=looks.ink(theme))
+    bar.ax.tick_params(color=looks.ink(theme), labelcolor=looks.ink(theme))
     bar.outline.set_visible(False)
-    return _png(figure)
+    if title:
+        looks.add_title(figure, title, theme)
+    return figure
 
 
-def _new_figure(theme: str, panels: int, *, height: float = 3.2, side_by_side: bool = False) -> tuple[Any, list[Any]]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    ground, ink, line = _PAGE[theme]
-    inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    columns = min(panels, 2 if side_by_side else 3)
-    rows = math.ceil(panels / columns)
-    grounds = {"figure.facecolor": ground, "axes.facecolor": ground, "savefig.facecolor": ground}
-    with rc_context(
-        {**inks, **grounds, "axes.edgecolor": line, "grid.color": line, "axes.grid": True, "font.size": 9}
-    ):
-        figure = Figure(figsize=(9.5, height * rows), layout="constrained")
-        axes = list(itertools.chain.from_iterable(figure.subplots(rows, columns, squeeze=False)))
-    for unused in axes[panels:]:
-        unused.remove()
-    for panel in axes[:panels]:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(linewidth=0.6)
-        panel.set_axisbelow(True)
-    return figure, axes[:panels]
-
-
-def _label(panel: Any, horizontal: str, vertical: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    panel.set_xlabel(horizontal)
-    panel.set_ylabel(vertical)
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-def _finish(figure: Any, labels: Sequence[str], theme: str, *, numbers: Sequence[int] | None = None) -> bytes:
-    """Put the legend above the axes, and draw. Labels are no mathematics, and may begin with an underscore."""
-    from matplotlib.lines import Line2D
-
-    colours = _COLOURS[theme]
-    numbers = range(len(labels)) if numbers is None else numbers
-    handles = [
-        Line2D([], [], color=colours[number % len(colours)], linestyle=_STYLES[number % len(_STYLES)], linewidth=1.8)
-        for number in numbers
-    ]
-    legend = figure.legend(
-        handles, [str(number) for number in numbers], loc="outside upper left", frameon=False,
-        ncols=2 if max(map(len, labels), default=0) < 50 else 1, labelcolor=_PAGE[theme][1],
-    )  # fmt: skip
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_parse_math(False)
-        text.set_text(label if len(label) <= 100 else f"{label[:99]}…")
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    target = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in letters that the font lacks
-        figure.savefig(target, format="png", dpi=130)
-    return target.getvalue()
+def _draw_heatmap(panel: Any, one: Heatmap, reach: float, theme: str) -> Any:
+    numbers = [[v if v is not None and math.isfinite(v) else math.nan for v in row] for row in one.values]
+    edges = [one.steps[0] - (one.steps[1] - one.steps[0] if len(one.steps) > 1 else 1), *one.steps]
+    image = panel.pcolormesh(
+        edges, range(len(one.layers) + 1), numbers, cmap=_MAPS[theme], vmin=_NEUTRAL - reach, vmax=_NEUTRAL + reach
+    )
+    odd = [(row, column) for row, values in enumerate(one.values) for column, value in enumerate(values)
+           if value is not None and not math.isfinite(value)]  # fmt: skip
+    if odd:
+        middles = [(edges[column] + edges[column + 1]) / 2 for _, column in odd]
+        panel.plot(middles, [row + 0.5 for row, _ in odd], "x", color=looks.ink(theme), markersize=4, gid="NaN")
+    every = math.ceil(len(one.layers) / _MOST_LABELS)
+    places = range(0, len(one.layers), every)
+    panel.set_yticks([place + 0.5 for place in places], [one.layers[place] for place in places], fontsize=8)
+    panel.invert_yaxis()
+    panel.grid(visible=False)
+    for text in panel.get_yticklabels():
+        text.set_parse_math(False)  # a $ in a name begins no formula
+    panel.set_title(one.part or "all tensors", fontsize=10)
+    some = f"{len(places)} of the {len(one.layers)} layer groups are named"
+    looks.label_axes(panel, "optimizer step", some if every > 1 else "")
+    return image

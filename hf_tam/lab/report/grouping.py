@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from hf_tam.lab.report.reading import SEEDS, ReportError, Run
+from hf_tam.lab.report.reading import LOGGED_RATE, SEEDS, ReportError, Run, as_number
+
+# What a label names first; it names three of the settings that differ, or as many as tell the groups apart.
+_FIRST = ("optim", "learning_rate", LOGGED_RATE, "optim_args", "model_name_or_path", "dataset_name", "lora_r")
+_NAMED = 3
 
 
 @dataclass
@@ -18,14 +23,23 @@ class Group:
     label: str
     runs: list[Run]
 
+    def label_of(self, run: Run) -> str:
+        """What one of the runs is called where it is drawn alone."""
+        return self.label if len(self.runs) == 1 else f"{run.name}, of {self.label}"
+
 
 class Band(NamedTuple):
-    """A curve: at each step the mean over runs, and the least and the largest value."""
+    """A curve: at each step the mean over runs, and the least and the largest value.
+
+    The mean is NaN where one of the runs is NaN or infinite, the others are of the finite ones. `nonfinite` has every
+    such value of any run, with its step.
+    """
 
     steps: list[int]
     mean: list[float]
     low: list[float]
     high: list[float]
+    nonfinite: tuple[tuple[int, float], ...] = ()
 
 
 def group_runs(runs: list[Run], *, by: str | None = None) -> list[Group]:
@@ -41,7 +55,10 @@ def group_runs(runs: list[Run], *, by: str | None = None) -> list[Group]:
     for run in runs:
         members.setdefault(_key(run, by), []).append(run)
     differing = [key for key in differing_settings(runs) if key not in SEEDS]
-    return [Group(_label(group, differing, by), group) for group in members.values()]
+    named = _named(runs, differing) if by is None else [by]
+    texts = {name: _texts(runs, name) for name in named}
+    more = 0 if by is not None else len(differing) - len(named)
+    return [Group(_label(group, texts, more), group) for group in members.values()]
 
 
 def _key(run: Run, by: str | None) -> str:
@@ -52,21 +69,48 @@ def _key(run: Run, by: str | None) -> str:
     return json.dumps({key: value for key, value in run.settings.items() if key not in SEEDS}, sort_keys=True)
 
 
-def _label(runs: list[Run], differing: list[str], by: str | None) -> str:
-    if by is not None:
-        label = f"{by}={show(runs[0].settings.get(by))}"
-    elif len(runs) == 1 and not 0 < len(differing) <= 3:
-        return runs[0].name
-    else:
-        shown = [f"{key}={show(runs[0].settings.get(key))}" for key in differing[:3]]
-        label = ", ".join(shown) or runs[0].name
-    return f"{label} ({len(runs)} runs)" if len(runs) > 1 else f"{label} ({runs[0].name})"
+def _named(runs: list[Run], differing: list[str]) -> list[str]:
+    """The settings that the labels name."""
+
+    def told_apart(names: list[str]) -> int:
+        return len({tuple(show(run.settings.get(name)) for name in names) for run in runs})
+
+    chosen: list[str] = []
+    for name in sorted(differing, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
+        if len(chosen) < _NAMED or told_apart([*chosen, name]) > told_apart(chosen):
+            chosen.append(name)
+    return chosen
+
+
+def _texts(runs: list[Run], name: str) -> dict[str, str]:
+    """What a label says for each value of a setting: numbers with four digits, if these tell them apart."""
+    values = {show(run.settings.get(name)): run.settings.get(name) for run in runs}
+    short = {text: f"{value:.4g}" if isinstance(value, float) else text for text, value in values.items()}
+    return short if len(set(short.values())) == len(short) else {text: text for text in values}
+
+
+def _label(runs: list[Run], texts: dict[str, dict[str, str]], more: int) -> str:
+    first = runs[0]
+    known = [name for name in texts if name in first.settings or not first.is_partial]
+    shown = [f"{name}={texts[name][show(first.settings.get(name))]}" for name in known]
+    if more:
+        shown.append(f"{more} more differ")
+    if not shown and len(runs) == 1:
+        return first.name
+    if not shown:
+        names = [run.name for run in runs]
+        shown = names if len(names) <= _NAMED else [names[0], f"{names[1]} and {len(names) - 2} more"]
+    return f"{', '.join(shown)} ({f'{len(runs)} runs' if len(runs) > 1 else first.name})"
 
 
 def differing_settings(runs: list[Run]) -> list[str]:
-    """The names of the settings that are not the same in all runs."""
+    """The names of the settings that are not the same in all runs, as far as that is known."""
     names = dict.fromkeys(key for run in runs for key in run.settings)
-    return [name for name in names if len({show(run.settings.get(name)) for run in runs}) > 1]
+    return [
+        name
+        for name in names
+        if len({show(run.settings.get(name)) for run in runs if name in run.settings or not run.is_partial}) > 1
+    ]
 
 
 def show(value: Any) -> str:
@@ -81,11 +125,21 @@ def band(group: Group, key: str) -> Band | None:
         return None
     steps = sorted(set.intersection(*(set(values) for values in series)))
     columns = [[values[step] for values in series] for step in steps]
-    return Band(steps, [fmean(column) for column in columns], [min(c) for c in columns], [max(c) for c in columns])
+    finite = [[value for value in column if math.isfinite(value)] for column in columns]
+    nonfinite = [(step, value) for values in series for step, value in values.items() if not math.isfinite(value)]
+    if not steps and not nonfinite:
+        return None
+    return Band(
+        steps,
+        [fmean(kept) if len(kept) == len(column) else math.nan for kept, column in zip(finite, columns, strict=True)],
+        [min(kept, default=math.nan) for kept in finite],
+        [max(kept, default=math.nan) for kept in finite],
+        tuple(sorted(nonfinite, key=lambda pair: pair[0])),
+    )
 
 
 class Heatmap(NamedTuple):
-    """The damping of layer groups over steps: one row a layer group, None where it was not logged."""
+    """The damping of layer groups over steps: one row a layer group, None where it was not logged, NaN as logged."""
 
     part: str
     layers: list[str]
@@ -105,5 +159,9 @@ def heatmaps(run: Run) -> list[Heatmap]:
 def _heatmap(part: str, rows: list[dict[str, Any]]) -> Heatmap:
     layers = list(dict.fromkeys(row["group"].removesuffix(f".{part}") for row in rows))
     steps = sorted({row["step"] for row in rows})
-    found = {(row["group"].removesuffix(f".{part}"), row["step"]): row.get("damping_mean") for row in rows}
+    found = {
+        (row["group"].removesuffix(f".{part}"), row["step"]): as_number(row["damping_mean"])
+        for row in rows
+        if "damping_mean" in row
+    }
     return Heatmap(part, layers, steps, [[found.get((layer, step)) for step in steps] for layer in layers])

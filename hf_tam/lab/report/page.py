@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_tam.lab.report.figures import THEMES, Picture, draw_all
+from hf_tam.lab.report.figures import Picture, draw_all
 from hf_tam.lab.report.grouping import differing_settings, group_runs, show
-from hf_tam.lab.report.reading import ReportError, Run, read_runs
+from hf_tam.lab.report.looks import THEMES
+from hf_tam.lab.report.nonfinite import describe
+from hf_tam.lab.report.reading import REWARDS, ReportError, Run, read_runs
 
 # What is shown first of the final metrics, and in which unit.
 _UNITS = {
@@ -20,6 +22,7 @@ _UNITS = {
     "seconds": "seconds in all",
 }
 _FINAL = ("optimizer", "strategy", "trained_parameters", "training_records", "steps", "train_loss", "damping_mean")
+_ABSENT = "–"  # noqa: RUF001
 
 
 def write_report(folders: list[Path], output: Path, *, by: str | None = None) -> list[Path]:
@@ -65,12 +68,16 @@ def _render(runs: list[Run], pictures: list[Picture], *, has_bands: bool) -> str
         .from_string(template)
         .render(
             runs=[run.name for run in runs],
-            notices=[notice for run in runs for notice in run.notices],
+            notices=[notice for run in runs for notice in [*describe(run), *run.notices]],
             has_bands=has_bands,
             pictures=encoded,
             finals=_finals(runs),
             differing=[(name, [show(run.settings.get(name)) for run in runs]) for name in differing],
-            same=[(name, show(runs[0].settings.get(name))) for name in everything if name not in differing],
+            same=[
+                (name, show(next(run.settings[name] for run in runs if name in run.settings)))
+                for name in everything
+                if name not in differing
+            ],
         )
     )
 
@@ -79,9 +86,10 @@ def _finals(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """One row a metric: its name with the unit, and the value of every run."""
     names = dict.fromkeys(key for run in runs for key in run.facts)
     measured = [name for name in names if name.startswith(("eval_", "test_")) and not name.endswith("_runtime")]
-    chosen = [*_FINAL, *(name for name in measured if not name.endswith("_per_second")), *_UNITS]
+    chosen = [*_FINAL, *(name for name in measured if not name.endswith("_per_second")), *REWARDS, *_UNITS]
+    units = _UNITS | {name: f"{name} (last logged in training)" for name in REWARDS}
     return [
-        (_UNITS.get(name, name.replace("_", " ")), [_number(run.facts.get(name)) for run in runs])
+        (units.get(name, name.replace("_", " ")), [_number(run.facts.get(name, _ABSENT)) for run in runs])
         for name in chosen
         if name in names
     ]
@@ -89,7 +97,7 @@ def _finals(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 def _number(value: Any) -> str:
     if value is None:
-        return "–"  # noqa: RUF001
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return "null"
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
