@@ -16,13 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import AutoModelForCausalLM
-
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
     causal_data,
     causal_run,
-    models,
     pairs,
     parallel,
     parsers,
@@ -79,7 +76,7 @@ def make_trainer(model: Any, tokenizer: Any, groups: tuple[Any, ...], prepared: 
         PreferenceTrainer,
         model,
         groups,
-        ref_model=models.load_model(AutoModelForCausalLM, of_model) if needs_copy else None,
+        ref_model=causal_run.load_reference(groups) if needs_copy else None,
         train_dataset=prepared["train"],
         eval_dataset=prepared.get("validation"),
         processing_class=tokenizer,
