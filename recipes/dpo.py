@@ -16,10 +16,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import AutoModelForCausalLM
-
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
-from recipes.support import causal_data, causal_run, models, pairs, parallel, parsers, preference_metrics
+from recipes.support import (
+    causal_data,
+    causal_run,
+    pairs,
+    parallel,
+    parsers,
+    preference_checks,
+    preference_metrics,
+)
 from recipes.support.causal_trainer import PreferenceTrainer
 from recipes.support.errors import exit_with_one_line
 from recipes.support.reporting import warn
@@ -34,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     groups = causal_run.parse(make_parser(), "dpo", sys.argv[1:] if argv is None else argv)
     if (status := causal_run.instead_of_training(groups)) is not None:
         return status
+    preference_checks.check(groups[1], groups[3])
     resume_from = causal_run.prepare(groups)
     splits = causal_data.load_splits(groups, causal_data.demo_preferences)
     tokenizer = causal_run.load_tokenizer(groups)
@@ -69,7 +76,7 @@ def make_trainer(model: Any, tokenizer: Any, groups: tuple[Any, ...], prepared: 
         PreferenceTrainer,
         model,
         groups,
-        ref_model=models.load_model(AutoModelForCausalLM, of_model) if needs_copy else None,
+        ref_model=causal_run.load_reference(groups) if needs_copy else None,
         train_dataset=prepared["train"],
         eval_dataset=prepared.get("validation"),
         processing_class=tokenizer,

@@ -32,6 +32,7 @@ def make_config(model: PreTrainedModel, arguments: ModelArguments, task: TaskTyp
     whole = arguments.lora_modules_to_save or []
     require_targets(model, arguments.lora_target_modules)
     _require_names(model, arguments)
+    _leave_output_layer(model, arguments)
     config = get_peft_config(arguments)
     config.task_type = task
     config.ensure_weight_tying = _saves_a_tied_embedding(model, whole)
@@ -82,14 +83,15 @@ def _require_names(model: torch.nn.Module, arguments: ModelArguments) -> None:
     with_weights = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     for name in arguments.lora_modules_to_save or []:
         _require_match("lora_modules_to_save", name, with_weights, _last_parts(with_weights))
-    parameters = [name for name, _ in model.named_parameters()]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    known = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
     for name in arguments.lora_target_parameters or []:
-        _require_match("lora_target_parameters", name, parameters, _last_parts(parameters))
+        _require_match("lora_target_parameters", name, parameters, known)
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
-    """Return the last parts of the names of all linear layers, in their order."""
-    return _last_parts([name for name, module in model.named_modules() if isinstance(module, _LINEAR)])
+    """Return the last parts of the names of all linear layers that can be adapted, in their order."""
+    return _last_parts(_whole_linear_names(model))
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, chosen: set[int], rate: Callable[[float], float]) -> None:
@@ -149,21 +151,62 @@ def set_when_created(trainer: Trainer, choose: Callable[[Any], set[int]], rate: 
     trainer.create_optimizer = create_and_set
 
 
+def _whole_linear_names(model: torch.nn.Module) -> list[str]:
+    output = _fused_output(model)
+    return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and name != output]
+
+
+def _fused_output(model: torch.nn.Module) -> str | None:
+    """Name the output layer of a causal language model, whose weights TRL (1.16) multiplies by itself."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if output is None or model.config.is_encoder_decoder:
+        return None
+    return next((name for name, module in model.named_modules() if module is output), None)
+
+
+def _leave_output_layer(model: torch.nn.Module, arguments: ModelArguments) -> None:
+    """Refuse an adapter that TRL would never train.
+
+    Raises:
+        RecipeError: with the flag, and what to do.
+    """
+    output, targets = _fused_output(model), arguments.lora_target_modules
+    if output is None:
+        return
+    named = [targets] if isinstance(targets, str) else targets or []
+    find = re.fullmatch if is_pattern(targets) else _ends
+    flags = {name: "lora_target_modules" for name in named if find(name, output)}
+    weights = [f"{output}.{name}" for name, _ in model.get_submodule(output).named_parameters()]
+    for name in arguments.lora_target_parameters or []:
+        if any(_ends(name, weight) for weight in weights):
+            flags[name] = "lora_target_parameters"
+    for name, flag in flags.items():
+        raise RecipeError(
+            f"{flag} = {name}: the loss is computed from the weights of {output} itself, so an adapter on it would"
+            f" never be trained: leave it out, or train it whole by --lora_modules_to_save {output}."
+        )
+
+
+def _ends(wanted: str, name: str) -> bool:
+    """Whether peft finds a module or a parameter by `wanted`: by its whole name, or from a dot to the end."""
+    return name == wanted or name.endswith(f".{wanted}")
+
+
 def _require_pattern(pattern: str, names: list[str], model: torch.nn.Module) -> None:
     try:
         found = any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
         raise RecipeError(f"lora_target_modules = {pattern} is no regular expression: {error}.") from error
     if not found:
+        example = (_whole_linear_names(model) or names)[-1]
         raise RecipeError(
-            f"lora_target_modules = {pattern}: the whole name of a layer must match, such as '{names[-1]}', and none"
+            f"lora_target_modules = {pattern}: the whole name of a layer must match, such as '{example}', and none"
             f" does. The linear layers are {', '.join(linear_names(model))}."
         )
 
 
 def _require_match(flag: str, wanted: str, names: list[str], known: list[str]) -> None:
-    """Match names as peft does: whole, or from a dot to the end."""
-    if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+    if not any(_ends(wanted, name) for name in names):
         what = {"lora_target_modules": "linear layers", "lora_target_parameters": "parameters"}.get(flag, "modules")
         raise RecipeError(
             f"{flag} = {wanted}: nothing in this model is called like that. The {what} are {', '.join(known)}."
@@ -180,4 +223,4 @@ def _saves_a_tied_embedding(model: PreTrainedModel, modules_to_save: list[str]) 
     if not modules_to_save or outputs is None or inputs.weight is not outputs.weight:
         return False
     embeddings = [name for name, module in model.named_modules() if module is inputs or module is outputs]
-    return any(name == wanted or name.endswith(f".{wanted}") for name in embeddings for wanted in modules_to_save)
+    return any(_ends(wanted, name) for name in embeddings for wanted in modules_to_save)

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import Trainer, set_seed
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 
 from recipes.support import (
     adapter_start,
@@ -20,6 +20,7 @@ from recipes.support import (
     early_stopping,
     generation,
     hub,
+    init_options,
     merging,
     models,
     outcome,
@@ -43,7 +44,9 @@ Groups = tuple[Any, Any, Any, Any]
 def parse(parser: Any, recipe: str, argv: list[str]) -> Groups:
     """Return the arguments: run, model, data and training. Where nothing was named they are the demo's."""
     is_merge = merging.names_finished_run(argv)
-    return parse_recipe_arguments(parser, argv, demo_config=None if is_merge else DEMO_CONFIGS[recipe])
+    groups = parse_recipe_arguments(parser, argv, demo_config=None if is_merge else DEMO_CONFIGS[recipe])
+    init_options.take_over(groups[1], groups[3])
+    return groups
 
 
 def instead_of_training(groups: Groups) -> int | None:
@@ -94,9 +97,15 @@ def load_model(groups: Groups) -> Any:
     _, of_model, _, arguments = groups
     set_seed(arguments.seed)
     saves_state = arguments.save_strategy != "no" and not arguments.save_only_model
-    options = dict(arguments.model_init_kwargs or {})
-    arguments.model_init_kwargs = None  # TRL would take them for a model that it is to load itself
-    return causal_model.load(of_model, saves_state=saves_state, options=options)
+    with init_options.naming_them(arguments) as options:
+        return causal_model.load(of_model, saves_state=saves_state, options=options)
+
+
+def load_reference(groups: Groups) -> Any:
+    """Load the model once more as it is before it is trained, whole, without an adapter."""
+    _, of_model, _, arguments = groups
+    with init_options.naming_them(arguments) as options:
+        return models.load_model(AutoModelForCausalLM, of_model, **options)
 
 
 def add_adapter(model: Any, groups: Groups) -> tuple[Any, tuple[int, int]]:
@@ -115,8 +124,11 @@ def make_trainer(kind: Callable[..., Trainer], model: Any, groups: Groups, **opt
     """Return a trainer of TRL's, which stops early and scales the learning rates of an adapter if asked to."""
     run, of_model, _, arguments = groups
     _leave_routers_alone(model, arguments)
+    # TRL would take them for a model that it is to load itself.
+    of_loading, arguments.model_init_kwargs = arguments.model_init_kwargs, None
     with hub.naming_the_hub(arguments, remedy="log in by `hf auth login`, or drop push_to_hub"):
         trainer = kind(model=model, args=arguments, **options)
+    arguments.model_init_kwargs = of_loading
     parallel.keep_all_copies(trainer.accelerator)
     trainer.gather_function = trainer.accelerator.gather_for_metrics
     if parallel.is_tensor_parallel(trainer.accelerator):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -85,14 +86,15 @@ def merge(output_dir: Path) -> int:
         RecipeError: base or adapter cannot be loaded, or the result does not give the same logits.
     """
     unset_hf_deepspeed_config()  # else every process would have to load its part
-    model_arguments = _arguments_of_the_run(output_dir)
+    model_arguments, options = _arguments_of_the_run(output_dir)
+    load = functools.partial(models.load_model, AutoModelForCausalLM, model_arguments, **options)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    base = models.load_model(AutoModelForCausalLM, model_arguments, quantize=True)
+    base = load(quantize=True)
     expected = _logits(PeftModel.from_pretrained(base, output_dir), tokenizer)
     if quantization.is_quantized(base):
-        base = models.load_model(AutoModelForCausalLM, model_arguments, quantize=True).dequantize()
+        base = load(quantize=True).dequantize()
     else:
-        base = models.load_model(AutoModelForCausalLM, model_arguments)
+        base = load()
     merged = PeftModel.from_pretrained(base, output_dir).merge_and_unload(safe_merge=True)
     if (output_dir / GENERATION_CONFIG_NAME).is_file():
         merged.generation_config = GenerationConfig.from_pretrained(output_dir)
@@ -138,7 +140,7 @@ def save_checked(
     )
 
 
-def _arguments_of_the_run(output_dir: Path) -> LmModelArguments:
+def _arguments_of_the_run(output_dir: Path) -> tuple[LmModelArguments, dict[str, Any]]:
     """Return how the base was loaded; by the adapter's own word for where it is, which holds from any folder."""
     settings = json.loads((output_dir / RESULTS_NAME).read_text(encoding="utf-8"))["settings"]
     if LmModelArguments.__name__ not in settings:
@@ -149,7 +151,8 @@ def _arguments_of_the_run(output_dir: Path) -> LmModelArguments:
     known = {field.name for field in dataclasses.fields(LmModelArguments)}
     named = {name: value for name, value in settings[LmModelArguments.__name__].items() if name in known}
     named["model_name_or_path"] = PeftConfig.from_pretrained(output_dir).base_model_name_or_path
-    return LmModelArguments(**named)
+    options = next((group["model_init_kwargs"] for group in settings.values() if "model_init_kwargs" in group), None)
+    return LmModelArguments(**named), options or {}
 
 
 def _logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:

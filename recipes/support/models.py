@@ -96,10 +96,7 @@ def add_adapter(model: PreTrainedModel, arguments: ModelArguments, task: TaskTyp
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise RecipeError(
-            f"lora_target_modules = {arguments.lora_target_modules}: {' '.join(str(error).split())}"
-            f" ({adapters.ALL_LINEAR}: every linear layer but the output layer)"
-        ) from error
+        raise RecipeError(_of_targets(arguments, " ".join(str(error).split()))) from error
 
 
 def require_weights(folder: Path) -> None:
@@ -129,6 +126,20 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Return how many parameters are trained, and how many there are; before FSDP1 cuts the model."""
     sizes = [(parameter_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _of_targets(arguments: ModelArguments, reason: str) -> str:
+    """Put the flag before peft's reason, which names a parameter or its wrapper where it is of parameters (0.21)."""
+    if arguments.lora_target_parameters and "Param" in reason:
+        named = " ".join(arguments.lora_target_parameters)
+        return (
+            f"lora_target_parameters = {named}: {reason} (the weight of a layer is adapted by"
+            " --lora_target_modules; other parameters with --lora_dropout 0 and without --use_dora)"
+        )
+    return (
+        f"lora_target_modules = {arguments.lora_target_modules}: {reason}"
+        f" ({adapters.ALL_LINEAR}: every linear layer but the output layer)"
+    )
 
 
 def _load(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:

@@ -125,7 +125,7 @@ def choose_prompts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, count: in
     """Return the token ids of `count` prompts of what `prepare_pairs` returned, spread evenly over it."""
     count = min(count, len(pairs))
     chosen = [pairs[index * len(pairs) // count] for index in range(count)]
-    if isinstance(chosen[0]["prompt"], str):
+    if isinstance(pairs[0]["prompt"], str):
         return [tokenizer(pair["prompt"])["input_ids"] for pair in chosen]
     renderer = Renderer(tokenizer, marks_assistant=False)
     return [

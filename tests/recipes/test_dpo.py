@@ -113,6 +113,17 @@ def test_reference_is_the_model_without_its_adapter(dpo, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_nothing_is_generated_where_that_is_asked_for(kind, dpo, tmp_path):
+    rows = [{**PAIR, "prompt": f"{PAIR['prompt']} {index}"} for index in range(4)]
+    path = write_lines(tmp_path / "x.jsonl", *rows)
+    named = ["--train_file", path, "--validation_file", path] if kind == "text" else ["--dataset_name", "demo"]
+    status, _, error = dpo(*named, "--num_sample_generations", "0", "--max_steps", "1")
+    assert status == 0, error
+    assert results_of(dpo.output_dir)["samples"]["after"] == []
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [(), pytest.param(("--precompute_ref_log_probs", "true"), marks=pytest.mark.slow)],

@@ -126,7 +126,27 @@ def test_resumed_run_ends_bit_for_bit(flags, sft, tmp_path):
 
 BAD_ADAPTERS = {
     "no such layer": (["--lora_target_modules", "q_proj", "q_prj"], "lora_target_modules = q_prj: nothing"),
-    "pattern for nothing": (["--lora_target_modules", "q.*x"], "such as 'lm_head', and none does"),
+    "pattern for nothing": (["--lora_target_modules", "q.*x"], "down_proj', and none does"),
+    "output layer": (
+        ["--lora_target_modules", "q_proj", "lm_head"],
+        "lora_target_modules = lm_head: the loss is computed from the weights of lm_head itself",
+    ),
+    "output layer by a pattern": (
+        ["--lora_target_modules", r".*(q_proj|lm_head)"],
+        "lora_target_modules = .*(q_proj|lm_head): the loss is computed from the weights of lm_head itself",
+    ),
+    "output layer's parameter": (
+        ["--lora_target_parameters", "lm_head.weight"],
+        "lora_target_parameters = lm_head.weight: the loss is computed",
+    ),
+    "parameter of an adapted layer": (
+        ["--lora_target_parameters", "self_attn.q_proj.weight"],
+        "lora_target_parameters = self_attn.q_proj.weight: Trying to wrap",
+    ),
+    "parameters with dropout": (
+        ["--lora_target_modules", "v_proj", "--lora_target_parameters", "q_proj.weight", "--lora_dropout=0.1"],
+        "lora_target_parameters = q_proj.weight: lora.ParamWrapper does not work with lora_dropout",
+    ),
     "no pattern": (["--lora_target_modules", "(q_proj"], "is no regular expression"),
     "pattern among names": (["--lora_target_modules", "q_proj", ".*v"], ".*v stands alone or not at all"),
     "no such module": (["--lora_modules_to_save", "head"], "lora_modules_to_save = head: nothing"),
@@ -152,7 +172,7 @@ def test_nothing_to_merge_is_said_before_anything_is_written(sft):
 
 
 def test_error_lists_the_linear_layers():
-    with pytest.raises(RecipeError, match=r"The linear layers are q_proj, k_proj, .*down_proj, lm_head\.$"):
+    with pytest.raises(RecipeError, match=r"The linear layers are q_proj, k_proj, .*down_proj\.$"):
         adapters.require_targets(tiny_llama(), ["query"])
 
 
