@@ -1,16 +1,20 @@
 """Chats as token ids, with the tokens that the assistant writes told from the rest.
 
 A chat template that marks the assistant's turns is taken at its word; for those it knows, TRL has marked copies; with
-any other, a turn of the assistant is what it adds to the chat before it.
+any other, a turn's borders are found in the text.
 """
 
 import json
+from bisect import bisect_right
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
 
+from recipes.support.spans import SpanFinder
 from recipes.support.turns import BadRecordError, Turn
 
 Tools = list[dict[str, Any]] | None
@@ -54,8 +58,8 @@ class Renderer:
         """
         turns, options = self.with_contents(turns), {"tools": tools, **(options or {})}
         try:
-            ids, mask = self._render(turns, options, prompt=prompt)
             self._require_tools(turns, options)
+            ids, mask = self._render(turns, options, prompt=prompt)
             if not prompt and any(_is_given(turn) for turn in turns):
                 mask = self._without_given(turns, mask)
         except BadRecordError:
@@ -72,7 +76,7 @@ class Renderer:
             ids = self._ids(turns, options, prompt=prompt)
             return ids, [1] * len(ids)
         if not self._has_marks:
-            return self._mask_by_prefixes(turns, options)
+            return self._mask_by_spans(turns, options)
         rendered = self._apply(turns, return_dict=True, return_assistant_tokens_mask=True, **options)
         ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
         return ids, self._without_headers(ids, mask)
@@ -93,48 +97,35 @@ class Renderer:
                 raise
             return self._tokenizer.apply_chat_template(written, **options)
 
-    def _mask_by_prefixes(self, turns: list[Turn], options: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Find the assistant's tokens as what each of its turns adds to the chat before it."""
-        ids = self._ids(turns, options)
-        mask = [0] * len(ids)
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            through = self._ids(turns[: index + 1], options)
-            before = self._ids(turns[:index], options, prompt=True) if index else self._through_header(ids)
-            if ids[: len(before)] != before or ids[: len(through)] != through:
-                return ids, self._mask_by_marks(ids, sum(turn["role"] == "assistant" for turn in turns))
-            mask[len(before) : len(through)] = [1] * (len(through) - len(before))
-        return ids, mask
+    def _mask_by_spans(self, turns: list[Turn], options: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Find the assistant's tokens by the borders of its turns in the text."""
 
-    def _mask_by_marks(self, ids: list[int], num_turns: int) -> list[int]:
-        """Find the assistant's tokens between the marks of its turns, where a template rewrites earlier turns."""
-        begin, end = self._marks
-        mask, starts, ends = [0] * len(ids), _ends_of(begin, ids), []
-        for start in starts:
-            ends += [index + 1 for index in range(start, len(ids)) if ids[index] == end][:1]
-            if ends:
-                mask[start : ends[-1]] = [1] * (ends[-1] - start)
-        if not num_turns == len(starts) == len(ends):
-            raise BadRecordError(
-                "the chat template rewrites earlier turns, so that the assistant's tokens cannot be told apart; give"
-                " the tokenizer a template with {% generation %}, or records of prompt and completion."
-            )
-        return self._without_headers(ids, mask)
+        def render(some: list[Turn], prompt: bool) -> str:
+            return str(self._apply(some, tokenize=False, add_generation_prompt=prompt, **options))
+
+        text = render(turns, False)
+        spans = SpanFinder(render, self._marks).find(text, turns)
+        ids, before = self._tokens(text)
+        mask = [0] * len(ids)
+        for begin, end in spans:
+            first, last = before(begin), before(end)
+            mask[first:last] = [1] * (last - first)
+        return ids, self._without_headers(ids, mask)
+
+    def _tokens(self, text: str) -> tuple[list[int], Callable[[int], int]]:
+        """Return the tokens of a text, and how to tell how many of them end before a place in it."""
+        options = {"add_special_tokens": False, "verbose": False}
+        if self._tokenizer.is_fast:
+            encoded = self._tokenizer(text, return_offsets_mapping=True, **options)
+            ends = [end for _, end in encoded["offset_mapping"]]
+            return list(encoded["input_ids"]), lambda place: bisect_right(ends, place)
+        ids = list(self._tokenizer(text, **options)["input_ids"])
+        return ids, lambda place: common_prefix_length(self._tokenizer(text[:place], **options)["input_ids"], ids)
 
     @cached_property
-    def _marks(self) -> tuple[list[int], int | None]:
-        """What begins a turn of the assistant that another one follows, and the token that ends it."""
-        try:
-            ids = self._ids([*_PROBE, {"role": "assistant", "content": "b"}, *_PROBE], {})
-        except Exception:  # a template that refuses this one chat
-            return [], None
-        # Where an answer is asked for, more may be given than stands in earlier turns.
-        begins = (self._header[:size] for size in range(len(self._header), 0, -1))
-        begin = next((tokens for tokens in begins if _ends_of(tokens, ids)), [])
-        tokens = {*self._tokenizer.all_special_ids, *self._tokenizer.get_added_vocab().values()}
-        rest = ids[_ends_of(begin, ids)[0] :] if begin else []
-        return begin, next((token for token in rest if token in tokens), None)
+    def _marks(self) -> list[str]:
+        """The tokens that no text is spelled with."""
+        return [*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()]
 
     def _without_given(self, turns: list[Turn], mask: list[int]) -> list[int]:
         """Unmark the assistant's turns that are not to be learnt."""
@@ -159,10 +150,6 @@ class Renderer:
         except Exception:  # a template that refuses this one chat
             return []
         return through[len(before) :] if through[: len(before)] == before else []
-
-    def _through_header(self, ids: list[int]) -> list[int]:
-        """Return the tokens up to the assistant's first turn, which begins the chat."""
-        return ids[: next(iter(_ends_of(self._header, ids)), 0)]
 
     def _without_headers(self, ids: list[int], mask: list[int]) -> list[int]:
         """Unmark what is given when an answer is asked for: some of TRL's copies mark it, or its end."""
@@ -216,12 +203,6 @@ def _is_given(turn: Turn) -> bool:
     return turn["role"] == "assistant" and (turn.get("weight", 1) == 0 or turn.get("train", True) is False)
 
 
-def _ends_of(part: list[int], ids: list[int]) -> list[int]:
-    """Return where `part` ends in `ids`, each time."""
-    size = len(part)
-    return [index + size for index in range(len(ids) - size + 1) if size and ids[index : index + size] == part]
-
-
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return TRL's marked copy of the tokenizer's template, or None where it has marks itself or TRL has no copy."""
     if has_generation_markers(tokenizer.chat_template):
@@ -234,7 +215,13 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _with_written_arguments(turn: Turn) -> Turn:
     calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
         for call in turn.get("tool_calls", [])
     ]
     return {**turn, "tool_calls": calls} if calls else turn

@@ -10,8 +10,10 @@ import trl
 from transformers import AutoTokenizer
 
 from recipes.support.chat import load_template
-from recipes.support.encoding import encode
+from recipes.support.encoding import IGNORED, encode
 from recipes.support.errors import RecipeError
+from recipes.support.rendering import Renderer
+from recipes.support.turns import BadRecordError
 from tests.recipes.test_encoding import (
     ANSWER,
     CALLS,
@@ -96,19 +98,59 @@ def test_template_that_trl_marks_is_found_by_its_text(tokenizer):
 
 
 @pytest.mark.parametrize("template", [FORGETFUL, "{# mine #}", "ours"], ids=["counts turns", "of Qwen3", "of Qwen3.5"])
-def test_template_that_rewrites_earlier_turns_is_read_by_its_marks(template, tokenizer):
+def test_template_that_rewrites_earlier_turns_is_read_all_the_same(template, tokenizer):
     """TRL knows none of these: two are its own but for a comment."""
     if template != FORGETFUL:
         tokenizer = with_template(tokenizer, "qwen3" if template == "{# mine #}" else "qwen3_5_nothink")
         template = "{# mine #}" + tokenizer.chat_template
     (row,) = encoded({"messages": CHAT}, tokenizer=tokenizer, template=template, assistant_only_loss=True).dataset
     first, second = (run.removeprefix("<think>\n\n</think>\n\n") for run in targets(row, tokenizer))
-    end = tokenizer.eos_token if template == FORGETFUL else "<|im_end|>"
+    end = tokenizer.eos_token if template == FORGETFUL else "<|im_end|>\n"  # as TRL's copy has it
     assert (first, second) == (f"{ANSWER}{end}", f"The goat eats grass.{end}")
 
 
+REASONS = {"reasoning_content": "Owls hunt.", "thinking": "Owls hunt."}
+KINDS_OF_CHATS = {
+    "system": [{"role": "system", "content": "Be kind."}, *CHAT],
+    "reasoning": [*CHAT[:3], {**CHAT[3], **REASONS}],
+    "tools": [*CALLS, *CHAT[2:]],
+    "alike": [*CHAT[:2], *CHAT[:2]],
+}
+# TRL learns the end of what tools returned, or the next header, and not where the model stops for a tool.
+OTHERWISE_BY_TRL = {("deepseekv3", "tools"), ("diffusion_gemma", "tools")}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CHATS)
+@pytest.mark.parametrize("name", STOCK)
+def test_turns_of_a_template_that_trl_has_no_copy_of_are_learnt_whole(name, kind, tokenizer):
+    """Each is one of TRL's with a comment in front: the runs are those of TRL's marked copy."""
+    turns, tools, made = KINDS_OF_CHATS[kind], [TOOL] if kind == "tools" else None, []
+    for comment in ("", "{# mine #}"):
+        known = with_template(tokenizer, name)
+        known.chat_template = comment + known.chat_template
+        try:
+            ids, mask = Renderer(known, marks_assistant=True).render(turns, tools)
+        except BadRecordError as error:
+            made.append(str(error))
+            continue
+        row = {"labels": [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]}
+        made.append((ids, ["".join(run.split()) for run in targets(row, known)]))
+    if isinstance(made[1], str):  # the template knows no system, or no tools
+        assert made[0] == made[1] or name == "lfm2"
+        return
+    (their_ids, theirs), (our_ids, ours) = made
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    assert len(theirs) == len(ours) == len(answers)
+    for turn, run in zip(answers, ours, strict=True):
+        assert "".join((turn["content"] or "weather").split()) in run
+    if our_ids == their_ids and (name, kind) not in OTHERWISE_BY_TRL:
+        assert ours == theirs
+    else:  # TRL's copy keeps earlier thoughts, or ends the last turn
+        assert ours[-1] == theirs[-1].removesuffix("<|user|>")
+
+
 def test_template_whose_turns_cannot_be_told_is_refused(tokenizer):
-    template = FORGETFUL.replace("assistant:", "{{ messages|length }}")
+    template = f"{PLAIN}{{{{ messages|map(attribute='content')|join|length }}}}"
     with pytest.raises(RecipeError, match="rows, record 1: the chat template rewrites earlier turns"):
         encoded({"messages": CHAT}, tokenizer=tokenizer, template=template, assistant_only_loss=True)
     assert encoded({"messages": CHAT}, tokenizer=tokenizer).counts.used == 1
