@@ -362,6 +362,16 @@ def test_one_of_several_seeds_diverges(tmp_path, report):
     assert "seed-1: loss is NaN from step 6 on." in text
 
 
+def test_seeds_that_share_no_step(tmp_path, report):
+    """There is no curve of them, and the page says so."""
+    for seed in range(2):
+        logs = [{"step": step + seed, "loss": 1.0} for step in STEPS] + [{"step": 9, "eval_loss": 1.0}]
+        write_run(tmp_path / f"seed-{seed}", logs=logs, seed=seed)
+    _, text = report(*sorted(tmp_path.glob("seed-*")))
+    assert report.titles[0] == "Evaluation"
+    assert "seed-0, seed-1 (2 runs): loss cannot be drawn, since its runs logged it at no step" in text
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("filters", "first"), [(True, 6), (False, 4)])
 def test_the_log_of_a_trainer_whose_loss_becomes_nan(tmp_path, report, filters, first):

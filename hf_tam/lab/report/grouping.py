@@ -138,6 +138,12 @@ def band(group: Group, key: str) -> Band | None:
     )
 
 
+def apart(group: Group) -> list[str]:
+    """What runs of a group logged at no step that all of them have, so that they have no curve in common."""
+    keys = dict.fromkeys(key for run in group.runs for key in run.keys())
+    return [key for key in keys if band(group, key) is None and any(run.series(key) for run in group.runs)]
+
+
 class Heatmap(NamedTuple):
     """The damping of layer groups over steps: one row a layer group, None where it was not logged, NaN as logged."""
 

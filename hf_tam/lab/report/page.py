@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_tam.lab.report.figures import Picture, draw_all
-from hf_tam.lab.report.grouping import differing_settings, group_runs, show
+from hf_tam.lab.report.grouping import Group, apart, differing_settings, group_runs, show
 from hf_tam.lab.report.looks import THEMES
 from hf_tam.lab.report.nonfinite import describe
 from hf_tam.lab.report.reading import REWARDS, ReportError, Run, read_runs
@@ -37,7 +37,7 @@ def write_report(folders: list[Path], output: Path, *, by: str | None = None) ->
     runs = read_runs(folders)
     groups = group_runs(runs, by=by)
     pictures = draw_all(groups)
-    page = _render(runs, pictures, has_bands=any(len(group.runs) > 1 for group in groups))
+    page = _render(runs, groups, pictures)
     files = {output: page.encode()}
     for picture in pictures:
         for theme in THEMES:
@@ -52,10 +52,15 @@ def write_report(folders: list[Path], output: Path, *, by: str | None = None) ->
     return list(files)
 
 
-def _render(runs: list[Run], pictures: list[Picture], *, has_bands: bool) -> str:
+def _render(runs: list[Run], groups: list[Group], pictures: list[Picture]) -> str:
     from jinja2 import Environment
 
     template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    undrawn = [
+        f"{group.label}: {', '.join(keys)} cannot be drawn, since its runs logged it at no step that they share."
+        for group in groups
+        if (keys := apart(group))
+    ]
     differing = differing_settings(runs)
     everything = sorted({name for run in runs for name in run.settings})
     encoded = [
@@ -68,8 +73,8 @@ def _render(runs: list[Run], pictures: list[Picture], *, has_bands: bool) -> str
         .from_string(template)
         .render(
             runs=[run.name for run in runs],
-            notices=[notice for run in runs for notice in [*describe(run), *run.notices]],
-            has_bands=has_bands,
+            notices=[*undrawn, *(notice for run in runs for notice in [*describe(run), *run.notices])],
+            has_bands=any(len(group.runs) > 1 for group in groups),
             pictures=encoded,
             finals=_finals(runs),
             differing=[(name, [show(run.settings.get(name)) for run in runs]) for name in differing],
