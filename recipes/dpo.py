@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hf_tam  # noqa: F401  makes --optim adatamw, adatam and tam known
 from recipes.support import (
+    adapter_start,
     causal_data,
     causal_run,
     pairs,
@@ -66,24 +67,27 @@ def main(argv: list[str] | None = None) -> int:
 def make_trainer(model: Any, tokenizer: Any, groups: tuple[Any, ...], prepared: dict[str, Any]) -> PreferenceTrainer:
     """Return TRL's trainer. The reference is the model without its new adapter, or before the old one was trained on.
 
-    Where every weight is trained it is a second copy of the model, unless its log-probabilities are computed first.
+    Of an adapter that took a part of the base with it the reference is base and adapter as they began. Where every
+    weight is trained it is a second copy of the model, unless its log-probabilities are computed first.
     """
     _, of_model, _, arguments = groups
     if of_model.lora_dropout and of_model.has_adapter and arguments.disable_dropout:
         warn("lora_dropout has no effect: DPO compares without dropout (--disable_dropout false keeps it)")
     needs_copy = not of_model.has_adapter and not arguments.precompute_ref_log_probs
-    trainer = causal_run.make_trainer(
-        PreferenceTrainer,
-        model,
-        groups,
-        ref_model=causal_run.load_reference(groups) if needs_copy else None,
-        train_dataset=prepared["train"],
-        eval_dataset=prepared.get("validation"),
-        processing_class=tokenizer,
-    )
-    if of_model.has_adapter and of_model.adapter_name_or_path is None:
-        # TRL takes an adapter that it is given for a trained one, and copies it as the reference (1.16). A new one
-        # changes nothing: the model with its adapter switched off is the same, at no cost.
+    # TRL (1.16) takes an adapter that it is given for a trained one, and copies it as the reference.
+    with adapter_start.as_it_is(model):
+        trainer = causal_run.make_trainer(
+            PreferenceTrainer,
+            model,
+            groups,
+            ref_model=causal_run.load_base(groups) if needs_copy else None,
+            train_dataset=prepared["train"],
+            eval_dataset=prepared.get("validation"),
+            processing_class=tokenizer,
+        )
+    is_new = of_model.has_adapter and of_model.adapter_name_or_path is None
+    if is_new and not adapter_start.is_converted(of_model):
+        # A new one changes nothing: the model with its adapter switched off is the same, at no cost.
         trainer.model.delete_adapter("ref")
     return trainer
 

@@ -4,11 +4,15 @@ Sources: PiSSA (https://huggingface.co/papers/2404.02948), OLoRA (https://huggin
 (https://huggingface.co/papers/2410.07170), LoftQ (https://huggingface.co/papers/2310.08659).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, initialize_lora_eva_weights, replace_lora_weights_loftq
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from recipes.support import parallel, quantization
@@ -24,7 +28,7 @@ def check(arguments: LmModelArguments) -> None:
     """Refuse what cannot start like that.
 
     Raises:
-        RecipeError: LoftQ without weights of 4 bits, or PiSSA and OLoRA with them.
+        RecipeError: LoftQ without weights of 4 bits, or PiSSA and OLoRA with them, or with DoRA.
     """
     start = arguments.init_lora_weights
     if start == "loftq" and not arguments.load_in_4bit:
@@ -37,11 +41,35 @@ def check(arguments: LmModelArguments) -> None:
         raise RecipeError(
             f"init_lora_weights = {start} changes the base, which quantised weights do not take: drop one."
         )
+    if takes_from_the_base(start) and arguments.use_dora:
+        raise RecipeError(
+            f"init_lora_weights = {start}: with use_dora no adapter for the base as it was says the same: drop one."
+        )
 
 
 def takes_from_the_base(start: str | None) -> bool:
     """Whether what the adapter starts with is taken out of the weights below it."""
     return start is not None and start.startswith(("pissa", "olora"))
+
+
+def is_converted(arguments: LmModelArguments) -> bool:
+    """Whether the adapter is a new one that took a part of the base, and is saved for the base as it was."""
+    return takes_from_the_base(arguments.init_lora_weights) and arguments.adapter_name_or_path is None
+
+
+@contextmanager
+def as_it_is(model: Any) -> Iterator[None]:
+    """Let an adapter be added beside that of `model`, by the same configuration, without changing the base again."""
+    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, str):
+        yield
+        return
+    config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
 
 
 def begin(trainer: Any, arguments: LmModelArguments, *, resumes: bool) -> None:
@@ -65,7 +93,7 @@ def begin(trainer: Any, arguments: LmModelArguments, *, resumes: bool) -> None:
             )
         folder = Path(trainer.args.output_dir) / INITIAL_NAME
         if trainer.is_world_process_zero() and not (resumes and folder.is_dir()):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, selected_adapters=["default"])
     elif start == "loftq" and not resumes:
         base = arguments.model_name_or_path
         replace_lora_weights_loftq(model, base if base and Path(base).is_dir() else None)
@@ -78,12 +106,18 @@ def begin(trainer: Any, arguments: LmModelArguments, *, resumes: bool) -> None:
 def save_for_the_base_alone(trainer: Any, arguments: LmModelArguments) -> None:
     """Write the adapter as the difference to its start, of twice the rank, which goes on the base as it was.
 
-    On one process, after the model was saved.
+    On one process, after the model was saved. peft (0.21) writes the matrices alone, without the modules that were
+    trained whole: https://github.com/huggingface/peft/pull/1828.
     """
-    if takes_from_the_base(arguments.init_lora_weights) and isinstance(trainer.model, PeftModel):
-        output_dir = Path(trainer.args.output_dir)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(output_dir, path_initial_model_for_weight_conversion=str(output_dir / INITIAL_NAME))
+    if not is_converted(arguments):
+        return
+    output_dir = Path(trainer.args.output_dir)
+    path = output_dir / SAFETENSORS_WEIGHTS_NAME
+    whole = {name: weight for name, weight in load_file(path).items() if "lora_" not in name}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(output_dir, path_initial_model_for_weight_conversion=str(output_dir / INITIAL_NAME))
+    if whole:
+        save_file({**whole, **load_file(path)}, path, metadata={"format": "pt"})
 
 
 def _inputs(trainer: Any) -> list[dict[str, torch.Tensor]]:

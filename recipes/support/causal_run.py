@@ -101,11 +101,11 @@ def load_model(groups: Groups) -> Any:
         return causal_model.load(of_model, saves_state=saves_state, options=options)
 
 
-def load_reference(groups: Groups) -> Any:
-    """Load the model once more as it is before it is trained, whole, without an adapter."""
+def load_base(groups: Groups) -> Any:
+    """Load the model once more as it was before it was trained or got an adapter."""
     _, of_model, _, arguments = groups
     with init_options.naming_them(arguments) as options:
-        return models.load_model(AutoModelForCausalLM, of_model, **options)
+        return models.load_model(AutoModelForCausalLM, of_model, quantize=of_model.has_adapter, **options)
 
 
 def add_adapter(model: Any, groups: Groups) -> tuple[Any, tuple[int, int]]:
@@ -240,7 +240,25 @@ def _save(trainer: Any, facts: dict[str, Any], metrics: dict[str, float], groups
     with hub.naming_the_hub(trainer.args, remedy=f"the result is in {output_dir}; `hf upload` takes a folder"):
         training.save_model(trainer)
     if trainer.is_world_process_zero():
-        adapter_start.save_for_the_base_alone(trainer, groups[1])
+        _save_for_the_base(trainer, groups)
         # peft leaves out where generation ends, which may have been added to.
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(output_dir)
         write_card()  # peft has written one beside the adapter
+
+
+def _save_for_the_base(trainer: Any, groups: Groups) -> None:
+    """Save an adapter for the base as it was; where that, or a merge, makes another of it, compare what it says.
+
+    On one process, which holds every weight or compares nothing.
+
+    Raises:
+        RecipeError: what was saved does not say what was trained.
+    """
+    run, of_model, _, arguments = groups
+    is_cut = not parallel.is_whole(trainer.accelerator) or parallel.is_tensor_parallel(trainer.accelerator)
+    if is_cut or not (adapter_start.is_converted(of_model) or run.merge):
+        return
+    # Below the wrapper that rounds as training does.
+    trained = merging.logits(trainer.accelerator.unwrap_model(trainer.model).base_model, trainer.processing_class)
+    adapter_start.save_for_the_base_alone(trainer, of_model)
+    merging.require_saved(load_base(groups), Path(arguments.output_dir), trainer.processing_class, trained)

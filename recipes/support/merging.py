@@ -90,7 +90,7 @@ def merge(output_dir: Path) -> int:
     load = functools.partial(models.load_model, AutoModelForCausalLM, model_arguments, **options)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     base = load(quantize=True)
-    expected = _logits(PeftModel.from_pretrained(base, output_dir), tokenizer)
+    expected = logits(PeftModel.from_pretrained(base, output_dir), tokenizer)
     if quantization.is_quantized(base):
         base = load(quantize=True).dequantize()
     else:
@@ -98,10 +98,38 @@ def merge(output_dir: Path) -> int:
     merged = PeftModel.from_pretrained(base, output_dir).merge_and_unload(safe_merge=True)
     if (output_dir / GENERATION_CONFIG_NAME).is_file():
         merged.generation_config = GenerationConfig.from_pretrained(output_dir)
-    save_checked(
-        merged, tokenizer, output_dir, AutoModelForCausalLM, lambda model: _logits(model, tokenizer), expected
-    )
+    save_checked(merged, tokenizer, output_dir, AutoModelForCausalLM, lambda model: logits(model, tokenizer), expected)
     return 0
+
+
+def logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
+    """Return what a model makes of a few texts."""
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        rows = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in _TEXTS]
+        return [model(input_ids=row).logits.float().cpu() for row in rows]
+
+
+def require_saved(base: Any, output_dir: Path, tokenizer: Any, trained: list[torch.Tensor]) -> None:
+    """Load the adapter that was saved anew, on its base, and compare it with what was trained.
+
+    Args:
+        base: as it was before.
+        output_dir: of the run.
+        tokenizer: that of the run.
+        trained: the logits of the model that was trained.
+
+    Raises:
+        RecipeError: they differ.
+    """
+    tolerance = TOLERANCE[torch.bfloat16 if quantization.is_quantized(base) else base.dtype]
+    difference = _difference(trained, logits(PeftModel.from_pretrained(base, output_dir), tokenizer))
+    if not difference <= tolerance:
+        raise RecipeError(
+            f"the adapter saved to {output_dir} is not what was trained: on its base the logits differ by"
+            f" {difference:.2g} of the largest, more than {tolerance:.0e}: do not use it."
+        )
 
 
 def save_checked(
@@ -155,17 +183,8 @@ def _arguments_of_the_run(output_dir: Path) -> tuple[LmModelArguments, dict[str,
     return LmModelArguments(**named), options or {}
 
 
-def _logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
-    model.eval()
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        rows = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in _TEXTS]
-        return [model(input_ids=row).logits.float().cpu() for row in rows]
-
-
 def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float, folder: Path) -> float:
-    pairs = list(zip(expected, found, strict=True))
-    difference = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    difference = _difference(expected, found)
     if not difference <= tolerance:
         shutil.rmtree(folder, ignore_errors=True)
         raise RecipeError(
@@ -173,3 +192,7 @@ def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], tolerance:
             f" {tolerance:.0e}: nothing was saved; use base and adapter as they are."
         )
     return difference
+
+
+def _difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))

@@ -1,16 +1,19 @@
 """Adapters of earlier runs, trained on or merged first, and where a new one starts."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraModel, PeftModel
 from safetensors.torch import load_file
+from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from recipes.dpo import main as dpo
-from recipes.support import quantization
-from tests.recipes.conftest import EVALUATED, EXACT
+from recipes.support import preference_metrics, quantization
+from tests.recipes.conftest import EVALUATED, EXACT, LORA
 from tests.recipes.test_sft_options import QUICK, error_of, results_of
 
 pytestmark = pytest.mark.long
@@ -136,6 +139,59 @@ def test_start_of_an_adapter_and_its_base_as_it_was(start, sft, tiny_model):
     assert generation.complete(model, tokenizer, prompts) == expected
 
 
+@pytest.fixture
+def untied_model(tiny_model, tmp_path):
+    """A folder with the demo's Llama whose output layer has weights of its own."""
+    folder = tmp_path / "untied"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("whole", [[], ["lm_head"], ["lm_head", "embed_tokens"]], ids=" ".join)
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_saved_for_the_base_is_what_was_trained(tied, start, whole, sft, tiny_model, untied_model):
+    """Modules that were trained whole included: logits are those of the last checkpoint, and of the merged model."""
+    folder = tiny_model if tied else untied_model
+    words = [f"--init_lora_weights={start}", "--lora_r=4", "--merge"]
+    words += ["--lora_modules_to_save", *whole] if whole else []
+    status, _, error = sft(*QUICK, *words, model=folder)
+    assert status == 0, error
+    last = sft.output_dir / f"checkpoint-{results_of(sft.output_dir)['steps']}"
+    expected, found = (
+        logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), path), folder)
+        for path in (last, sft.output_dir)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(sft.output_dir / "merged")
+    torch.testing.assert_close(logits(merged, folder), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(folder), folder)).abs().max() > 1e-2
+
+
+def test_what_is_saved_otherwise_than_trained_is_an_error(sft, monkeypatch):
+    """The conversion of peft loses what is no matrix; whatever it loses next does not pass."""
+    convert = LoraModel.subtract_mutated_init
+
+    def lose(model, *arguments):
+        return {name: weight * 0.9 for name, weight in convert(model, *arguments).items()}
+
+    monkeypatch.setattr(LoraModel, "subtract_mutated_init", lose)
+    status, _, error = sft(*QUICK, "--init_lora_weights=pissa", "--lora_r=4")
+    assert status == 1
+    assert f"the adapter saved to {sft.output_dir} is not what was trained: on its base" in error_of(error)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_dora_cannot_be_saved_for_the_base(start, sft):
+    status, _, error = sft(*QUICK, f"--init_lora_weights={start}", "--use_dora")
+    assert status == 1
+    assert f"init_lora_weights = {start}: with use_dora no adapter" in error_of(error)
+    assert not sft.output_dir.exists()
+
+
 def test_eva_starts_from_the_data(sft):
     """Its A matrices are directions of what goes into the layers: orthonormal, not random."""
     status, _, error = sft(*QUICK, "--init_lora_weights=eva", "--lora_r=4", *FROZEN)
@@ -143,6 +199,72 @@ def test_eva_starts_from_the_data(sft):
     weights = load_file(sft.output_dir / "adapter_model.safetensors")
     matrix = next(weights[name] for name in weights if "layers.0" in name and "q_proj.lora_A" in name)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(4), rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def dpo_run(tmp_path, tiny_model):
+    """Run dpo.py on the demo's pairs; returns the folder and what its results say."""
+
+    def run(*words, name="dpo"):
+        out = tmp_path / name
+        flags = [f"--model_name_or_path={tiny_model}", "--dataset_name=demo", f"--output_dir={out}", *LORA, *EXACT]
+        flags += ["--max_train_samples=24", "--max_eval_samples=4", "--num_sample_generations=1", "--use_cpu"]
+        flags += ["--disable_tqdm=true", "--logging_steps=1", "--learning_rate=1e-2", "--lora_r=4", *EVALUATED]
+        assert dpo([*flags, "--max_steps=4", *words]) == 0
+        return out, results_of(out)
+
+    return run
+
+
+@pytest.fixture
+def before_training(monkeypatch):
+    """The trainer's pairs to evaluate on, and the reference's log-probabilities of them, before the first step."""
+    measured, accuracy = [], preference_metrics.preference_accuracy
+
+    def measure(trainer):
+        if not measured:
+            batch = next(iter(trainer.get_eval_dataloader()))
+            measured.extend([batch, torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))])
+        return accuracy(trainer)
+
+    monkeypatch.setattr(preference_metrics, "preference_accuracy", measure)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("start", "precomputed"),
+    [("pissa", False), ("pissa", True), ("pissa_niter_4", False), ("olora", False), ("orthogonal", False)],
+)
+def test_the_reference_of_dpo_is_the_base_as_it_was(start, precomputed, dpo_run, before_training, tiny_model):
+    """Also where the adapter took a part of it: the loss begins at ln 2, the result is for that base."""
+    out, results = dpo_run(f"--init_lora_weights={start}", f"--precompute_ref_log_probs={precomputed}", "--merge")
+    assert results["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-5)
+    assert results["eval_rewards/margins_before"] == pytest.approx(0.0, abs=1e-5)
+    assert results["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
+    batch, reference = before_training
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    with torch.no_grad():
+        expected = preference_metrics.completion_log_probs(base, batch)
+        torch.testing.assert_close(reference, expected, rtol=1e-4, atol=1e-4)
+        model = PeftModel.from_pretrained(base, out).eval()
+        ratios = preference_metrics.completion_log_probs(model, batch) - expected
+    margins = 0.1 * torch.sub(*ratios.chunk(2))
+    assert float(margins.mean()) == pytest.approx(results["eval_rewards/margins"], abs=1e-4)
+    assert float(softplus(-margins).mean()) == pytest.approx(results["eval_loss"], abs=1e-4)
+    assert not list(out.glob("ref"))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_dpo_is_resumed_with_its_reference(start, dpo_run, tmp_path):
+    words = [f"--init_lora_weights={start}", "--save_steps=2"]
+    whole, expected = dpo_run(*words)
+    shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    again, found = dpo_run(*words, "--resume_from_checkpoint=true", name="again")
+    for name in ("eval_loss", "eval_rewards/margins"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.gpu
