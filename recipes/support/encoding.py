@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
@@ -18,7 +17,7 @@ from recipes.support.errors import RecipeError
 from recipes.support.formats import Format, Row
 from recipes.support.mapping import BAD, USED, WITHOUT_TARGET, OnBadRecord
 from recipes.support.records import Records
-from recipes.support.rendering import Renderer
+from recipes.support.rendering import Rendered, Renderer
 from recipes.support.reporting import warn
 from recipes.support.turns import Turn
 
@@ -31,6 +30,7 @@ _FEATURES = Features(
         "length": Value("int32"),
         "targets": Value("int32"),
         "merged": Value("bool"),
+        "without_reasoning": Value("bool"),
         "status": Value("int8"),
         "reason": Value("string"),
     }
@@ -48,7 +48,8 @@ class Counts:
         targets: how many of the tokens are learnt.
         cut: records that lost their end.
         without_target: records dropped because nothing in them would be learnt.
-        bad: records dropped because they cannot be read, or the chat template refuses them.
+        bad: records dropped because they cannot be read, or the chat template refuses or does not carry them.
+        without_reasoning: records of which the template leaves out reasoning that is not learnt.
     """
 
     records: int
@@ -58,6 +59,7 @@ class Counts:
     cut: int
     without_target: int
     bad: int
+    without_reasoning: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,13 @@ class Encoder:
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the columns of `_FEATURES` for one record."""
         row = self._convert(row)
+        merged = False
         if "text" in row:
-            ids, mask, merged = *self._text(row["text"]), False
+            ids, mask, left_out = self._text(row["text"])
         elif "messages" in row:
-            ids, mask, merged = *self._chat(row["messages"], row), False
+            ids, mask, left_out = self._chat(row["messages"], row)
         else:
-            ids, mask, merged = self._pair(row)
+            ids, mask, left_out, merged = self._pair(row)
         length = len(ids)
         ids, mask = np.asarray(ids[: self._limit], np.int32), np.asarray(mask[: self._limit], bool)
         # The first token is never predicted, so a label there is no target; older transformers would count it.
@@ -170,30 +173,32 @@ class Encoder:
             "length": length,
             "targets": num_targets,
             "merged": merged,
+            "without_reasoning": left_out,
             "status": USED if num_targets else WITHOUT_TARGET,
         }
 
-    def _chat(self, messages: list[Turn], row: Row, *, prompt: bool = False) -> tuple[list[int], list[int]]:
-        return self._renderer.render(messages, row["tools"], row["chat_template_kwargs"], prompt=prompt)
+    def _chat(self, messages: list[Turn], row: Row, *, prompt: bool = False, given: int = 0) -> Rendered:
+        return self._renderer.render(messages, row["tools"], row["chat_template_kwargs"], prompt=prompt, given=given)
 
-    def _text(self, text: str) -> tuple[list[int], list[int]]:
+    def _text(self, text: str) -> Rendered:
         ids = self._ids(self._closed(text) if text else text)
-        return ids, [int(bool(text))] * len(ids)
+        return Rendered(ids, [int(bool(text))] * len(ids))
 
-    def _pair(self, row: Row) -> tuple[list[int], list[int], bool]:
+    def _pair(self, row: Row) -> tuple[list[int], list[int], bool, bool]:
         """Find where the completion begins; a prompt whose last tokens merge with it is `merged`."""
-        prompt, completion = row["prompt"], row["completion"]
+        prompt, completion, left_out = row["prompt"], row["completion"], False
         if isinstance(prompt, str):
             prompt_ids, ids = self._ids(prompt), self._ids(prompt + self._closed(completion))
             # An empty completion would teach the model to say nothing at all: leave it without a target.
             mask = [int(bool(completion))] * len(ids)
         else:
-            prompt_ids, _ = self._chat(prompt, row, prompt=True)
-            ids, mask = self._chat(prompt + completion, row)
+            prompt_ids = self._chat(prompt, row, prompt=True).ids
+            given = len(prompt) if self._completion_only else 0
+            ids, mask, left_out = self._chat(prompt + completion, row, given=given)
         begin = common_prefix_length(prompt_ids, ids)
         if self._completion_only:
             mask = [0] * begin + mask[begin:]
-        return ids, mask, begin < len(prompt_ids)
+        return ids, mask, left_out, begin < len(prompt_ids)
 
     def _ids(self, text: str) -> list[int]:
         ids = list(self._tokenizer(text, verbose=False)["input_ids"])
@@ -215,6 +220,7 @@ def _count(table: Dataset, status: np.ndarray, kept: np.ndarray, limit: int | No
         cut=int((lengths > limit).sum()) if limit else 0,
         without_target=int((status == WITHOUT_TARGET).sum()),
         bad=int((status == BAD).sum()),
+        without_reasoning=mapping.count_true(table, "without_reasoning"),
     )
 
 
@@ -234,7 +240,8 @@ def _warn_of_losses(records: Records, table: Dataset, status: np.ndarray, counts
         warn(f"{counts.cut} of {total} records of {source} are longer than {limit} tokens and were cut")
     if counts.without_target:
         warn(f"{counts.without_target} of {total} records of {source} have no completion token left: dropped")
-    if merged := pc.sum(table.data.column("merged")).as_py():
+    mapping.warn_of_lost_reasoning(records, table)
+    if merged := mapping.count_true(table, "merged"):
         warn(
             f"in {merged} of {total} records of {source} the end of the prompt merges with the completion, or is"
             " written otherwise before one: the completion begins there; end prompts before a space"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, Json, LargeList, List
 from datasets.fingerprint import Hasher
@@ -94,6 +95,20 @@ def warn_of_bad(records: Records, table: Dataset, status: np.ndarray) -> None:
     if num_bad := int((status == BAD).sum()):
         first = name_bad(records, table, int(np.argmax(status == BAD)))
         warn(f"{num_bad} of {len(status)} records of {records.source} cannot be used: dropped; the first is {first}")
+
+
+def warn_of_lost_reasoning(records: Records, table: Dataset) -> None:
+    """Warn of the records whose column `without_reasoning`, which `Renderer.render` tells, is true."""
+    if number := count_true(table, "without_reasoning"):
+        warn(
+            f"in {number} of {len(table)} records of {records.source} the chat template leaves out the reasoning of"
+            " turns that are not learnt"
+        )
+
+
+def count_true(table: Dataset, name: str) -> int:
+    """Return in how many records a column is true."""
+    return int(pc.sum(table.data.column(name)).as_py() or 0)
 
 
 def _encode_batch(

@@ -88,7 +88,7 @@ class PairCheck:
         if self._renderer is None and chat.begins_texts(self._tokenizer):
             # TRL has the tokenizer begin the text, even one that a template began already.
             pair["prompt"] = pair["prompt"].removeprefix(self._tokenizer.bos_token)
-        prompt, chosen, rejected = self._render(pair)
+        prompt, chosen, rejected, left_out = self._render(pair)
         longest = max(len(chosen), len(rejected))
         status = USED
         if self._limit is not None and len(prompt) >= self._limit:
@@ -96,19 +96,24 @@ class PairCheck:
         elif chosen[: self._limit] == rejected[: self._limit]:
             status = ALIKE
         written = self._written(pair) if self._renderer else pair
-        return {**written, "length": longest, "status": status}
+        return {**written, "length": longest, "status": status, "without_reasoning": left_out}
 
-    def _render(self, pair: Row) -> tuple[list[int], list[int], list[int]]:
-        """Return the token ids of the prompt, and of the prompt with each completion, as TRL makes them."""
+    def _render(self, pair: Row) -> tuple[list[int], list[int], list[int], bool]:
+        """Return the token ids of the prompt, and of the prompt with each completion, as TRL makes them.
+
+        The last is whether the template leaves out reasoning of the prompt.
+        """
         if self._renderer is None:
             closing = self._tokenizer.eos_token or ""
             texts = [pair["prompt"] + pair[name].removesuffix(closing) + closing for name in _COMPLETIONS]
             prompt, chosen, rejected = self._tokenizer([pair["prompt"], *texts], verbose=False)["input_ids"]
-            return prompt, chosen, rejected
+            return prompt, chosen, rejected, False
         beside = pair.get("tools"), pair.get("chat_template_kwargs")
-        prompt, _ = self._renderer.render(pair["prompt"], *beside, prompt=True)
-        chosen, rejected = (self._renderer.render(pair["prompt"] + pair[name], *beside)[0] for name in _COMPLETIONS)
-        return prompt, chosen, rejected
+        prompt, given = self._renderer.render(pair["prompt"], *beside, prompt=True).ids, len(pair["prompt"])
+        chosen, rejected = (
+            self._renderer.render(pair["prompt"] + pair[name], *beside, given=given) for name in _COMPLETIONS
+        )
+        return prompt, chosen.ids, rejected.ids, chosen.without_reasoning or rejected.without_reasoning
 
     def _written(self, pair: Row) -> Row:
         """Return the columns of a chat as TRL reads them; what is nested is kept as JSON."""
@@ -129,14 +134,19 @@ def choose_prompts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, count: in
         return [tokenizer(pair["prompt"])["input_ids"] for pair in chosen]
     renderer = Renderer(tokenizer, marks_assistant=False)
     return [
-        renderer.render(pair["prompt"], json.loads(pair.get("tools") or "null"), prompt=True)[0] for pair in chosen
+        renderer.render(pair["prompt"], json.loads(pair.get("tools") or "null"), prompt=True).ids for pair in chosen
     ]
 
 
 def _features(*, is_chat: bool) -> Features:
     kind = List(Json()) if is_chat else Value("string")
     beside = {"tools": Value("string"), "chat_template_kwargs": Json()} if is_chat else {}
-    counted = {"length": Value("int32"), "status": Value("int8"), "reason": Value("string")}
+    counted = {
+        "length": Value("int32"),
+        "status": Value("int8"),
+        "reason": Value("string"),
+        "without_reasoning": Value("bool"),
+    }
     return Features({**dict.fromkeys(("prompt", *_COMPLETIONS), kind), **beside, **counted})
 
 
@@ -162,6 +172,7 @@ def _warn_of_losses(records: Records, table: Dataset, status: np.ndarray, limit:
             " (--max_length)."
         )
     mapping.warn_of_bad(records, table, status)
+    mapping.warn_of_lost_reasoning(records, table)
     if limit and (num_cut := int((mapping.column_of(table, "length") > limit).sum())):
         warn(f"{num_cut} of {total} pairs of {source} are longer than {limit} tokens and were cut")
     if numbers[WITHOUT_TARGET]:

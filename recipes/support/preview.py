@@ -31,7 +31,12 @@ def _shortened(text: str, longest: int) -> str:
 
 
 def _counted(counts: Counts) -> str:
-    lost = {"cut": counts.cut, "dropped without a target": counts.without_target, "dropped as bad": counts.bad}
+    lost = {
+        "cut": counts.cut,
+        "dropped without a target": counts.without_target,
+        "dropped as bad": counts.bad,
+        "without reasoning that the template leaves out": counts.without_reasoning,
+    }
     words = "".join(f", {number:,} {kind}" for kind, number in lost.items() if number)
     return (
         f"{counts.used:,} of {counts.records:,} records with {counts.tokens:,} tokens, of which {counts.targets:,} are"

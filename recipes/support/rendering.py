@@ -8,23 +8,33 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
+from recipes.support.carried import WORD, find_lost
 from recipes.support.spans import SpanFinder
 from recipes.support.turns import BadRecordError, Turn
 
 Tools = list[dict[str, Any]] | None
 
+_OTHER_TEMPLATE = "take a template that carries it (--chat_template_path)"
 _PROBE = [{"role": "user", "content": "a"}]
 _PROBE_CALL = {"type": "function", "function": {"name": "probe", "arguments": {}}}
 
 
 class LostToolsError(BadRecordError):
     """The template leaves tools out: that is no matter of one record."""
+
+
+class Rendered(NamedTuple):
+    """Token ids, for each whether it is a target, and whether reasoning of a turn that is not learnt is left out."""
+
+    ids: list[int]
+    mask: list[int]
+    without_reasoning: bool = False
 
 
 class Renderer:
@@ -43,8 +53,14 @@ class Renderer:
         self._has_marks = tokenizer.is_fast and has_generation_markers(self._template or tokenizer.chat_template)
 
     def render(
-        self, turns: list[Turn], tools: Tools = None, options: dict[str, Any] | None = None, *, prompt: bool = False
-    ) -> tuple[list[int], list[int]]:
+        self,
+        turns: list[Turn],
+        tools: Tools = None,
+        options: dict[str, Any] | None = None,
+        *,
+        prompt: bool = False,
+        given: int = 0,
+    ) -> Rendered:
         """Return token ids, and for each whether it is a target: the assistant's, or all of them.
 
         Args:
@@ -52,13 +68,14 @@ class Renderer:
             tools: as `turns.read_tools` returns them.
             options: further arguments of the template.
             prompt: whether to end with what begins the assistant's next turn.
+            given: how many turns at the front are not learnt, whatever is a target here.
 
         Raises:
-            BadRecordError: the template refuses them, or leaves out a tool.
+            BadRecordError: the template refuses them, or leaves out some of what is to be learnt.
         """
-        turns, options = self.with_contents(turns), {"tools": tools, **(options or {})}
+        options = {"tools": tools, **(options or {})}
         try:
-            self._require_tools(turns, options)
+            left_out = not prompt and self._require_carried(turns, options, given)
             ids, mask = self._render(turns, options, prompt=prompt)
             if not prompt and any(_is_given(turn) for turn in turns):
                 mask = self._without_given(turns, mask)
@@ -69,7 +86,7 @@ class Renderer:
         ) as error:  # templates raise jinja's errors and Python's, for roles in an order they do not allow
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadRecordError(f"the chat template refuses these messages: {reason}") from error
-        return ids, mask
+        return Rendered(ids, mask, left_out)
 
     def _render(self, turns: list[Turn], options: dict[str, Any], *, prompt: bool) -> tuple[list[int], list[int]]:
         if not self._marks_assistant or prompt:
@@ -77,12 +94,18 @@ class Renderer:
             return ids, [1] * len(ids)
         if not self._has_marks:
             return self._mask_by_spans(turns, options)
+        turns = self.with_contents(turns)
         rendered = self._apply(turns, return_dict=True, return_assistant_tokens_mask=True, **options)
         ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
         return ids, self._without_headers(ids, mask)
 
     def _ids(self, turns: list[Turn], options: dict[str, Any], *, prompt: bool = False) -> list[int]:
+        turns = self.with_contents(turns)
         return list(self._apply(turns, add_generation_prompt=prompt, return_dict=True, **options)["input_ids"])
+
+    def _text(self, turns: list[Turn], options: dict[str, Any], *, prompt: bool = False) -> str:
+        turns = self.with_contents(turns)
+        return str(self._apply(turns, tokenize=False, add_generation_prompt=prompt, **options))
 
     def _apply(self, turns: list[Turn], **options: Any) -> Any:
         options.setdefault("chat_template", self._template)
@@ -99,12 +122,9 @@ class Renderer:
 
     def _mask_by_spans(self, turns: list[Turn], options: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Find the assistant's tokens by the borders of its turns in the text."""
-
-        def render(some: list[Turn], prompt: bool) -> str:
-            return str(self._apply(some, tokenize=False, add_generation_prompt=prompt, **options))
-
-        text = render(turns, False)
-        spans = SpanFinder(render, self._marks).find(text, turns)
+        text = self._text(turns, options)
+        finder = SpanFinder(lambda some, prompt: self._text(some, options, prompt=prompt), self._marks)
+        spans = finder.find(text, turns)
         ids, before = self._tokens(text)
         mask = [0] * len(ids)
         for begin, end in spans:
@@ -165,8 +185,23 @@ class Renderer:
         return mask
 
     def with_contents(self, turns: list[Turn]) -> list[Turn]:
-        """Return the turns, with a content that the template can take where a call has none."""
-        return [turn if turn.get("content") is not None else {**turn, "content": self._no_content} for turn in turns]
+        """Return the turns with contents that the template can take: in parts, or where a call has none."""
+        return [{**turn, "content": self._content(turn.get("content"))} for turn in turns]
+
+    def _content(self, content: str | None) -> str | list[dict[str, str]] | None:
+        content = self._no_content if content is None else content
+        return _in_parts(content) if self._takes_parts and isinstance(content, str) else content
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes contents in parts alone, as those of models that see do."""
+        return not self._shows(WORD) and self._shows(_in_parts(WORD))
+
+    def _shows(self, content: str | list[dict[str, str]]) -> bool:
+        try:
+            return WORD in self._apply([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # a template that refuses this one chat
+            return False
 
     @cached_property
     def _no_content(self) -> str | None:
@@ -181,6 +216,22 @@ class Renderer:
                 return content
         return ""
 
+    def _require_carried(self, turns: list[Turn], options: dict[str, Any], given: int) -> bool:
+        """Check that all of a chat stands in the text; return whether reasoning that is not learnt does not."""
+        self._require_tools(turns, options)
+        lost = find_lost(lambda some: self._text(some, options), turns)
+        for part in lost:
+            turn, shown = turns[part.turn], repr(part.text.strip()[:80])
+            if part.kind != "reasoning":
+                what = f"the call of {shown}" if part.kind == "call" else f"what the {turn['role']} says, {shown}"
+                raise BadRecordError(f"the chat template leaves out {what}: mend the record, or {_OTHER_TEMPLATE}.")
+            if part.turn >= given and not _is_given(turn):
+                raise BadRecordError(
+                    f"the chat template leaves out the reasoning of a turn that is learnt, {shown}: take it out of the"
+                    f" record, learn the last answer alone (prompt and completion), or {_OTHER_TEMPLATE}."
+                )
+        return bool(lost)
+
     def _require_tools(self, turns: list[Turn], options: dict[str, Any]) -> None:
         """Check that tools, their calls and what they returned stand in the text."""
         names = [tool["function"]["name"] for tool in options["tools"] or []]
@@ -188,7 +239,7 @@ class Renderer:
         returned = [str(turn["content"]).strip() for turn in turns if turn["role"] == "tool"]
         if not names and not returned:
             return
-        text = self._apply(turns, tokenize=False, **options)
+        text = self._text(turns, options)
         for kind, wanted in (("the tool", names), ("what a tool returned,", returned)):
             for value in wanted:
                 if value not in text and json.dumps(value)[1:-1] not in text and not _holds_parsed(text, value):
@@ -196,6 +247,10 @@ class Renderer:
                         f"the chat template leaves out {kind} {value[:80]!r}: take a model whose template knows tools,"
                         " or give --chat_template_path."
                     )
+
+
+def _in_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _is_given(turn: Turn) -> bool:

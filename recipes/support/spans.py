@@ -8,10 +8,9 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 
+from recipes.support.carried import WORD, with_word
 from recipes.support.turns import BadRecordError, Turn
 
-# No text has it, and no template spells it otherwise.
-_WORD = "zqxjkvbw"
 _OPENING: Turn = {"role": "user", "content": "a"}
 
 
@@ -67,7 +66,7 @@ class SpanFinder:
         return len(text) - len(following)
 
     def _after_word(self, text: str) -> str:
-        _, word, after = text.rpartition(_WORD)
+        _, word, after = text.rpartition(WORD)
         if not word:
             raise _untold()
         return after
@@ -79,21 +78,9 @@ def _alike(pair: tuple[str, str]) -> bool:
 
 def _with_word(turn: Turn) -> Turn:
     """Return a turn that ends with the word: in the arguments of its calls, where it has any."""
-    calls = turn.get("tool_calls")
-    if not calls:
-        content = turn["content"]
-        return {**turn, "content": [*content, *text_parts(_WORD)] if isinstance(content, list) else content + _WORD}
-    functions = [call["function"] for call in calls]
-    functions = [{**function, "arguments": {**function["arguments"], _WORD: _WORD}} for function in functions]
-    return {
-        **turn,
-        "tool_calls": [{**call, "function": function} for call, function in zip(calls, functions, strict=True)],
-    }
-
-
-def text_parts(text: str) -> list[dict[str, str]]:
-    """Return a content as the templates of models that see take it."""
-    return [{"type": "text", "text": text}]
+    if calls := turn.get("tool_calls"):
+        return {**turn, "tool_calls": [with_word(call) for call in calls]}
+    return {**turn, "content": turn["content"] + WORD}
 
 
 def _untold() -> BadRecordError:

@@ -51,6 +51,16 @@ def test_dialogue_without_a_template_stays_text(tokenizer):
     assert pair == {"prompt": HUMAN, "chosen": " A", "rejected": " B"}
 
 
+def test_reasoning_that_the_template_leaves_out(tokenizer, capsys):
+    """Of a prompt it is said; a completion without it is no completion."""
+    row, thought = {"prompt": [ASKED, GOOD, ASKED], "chosen": [GOOD], "rejected": [BAD]}, {**GOOD, "thinking": "Hm."}
+    rows = [{**row, "prompt": [ASKED, thought, ASKED]}, {**row, "chosen": [thought]}]
+    assert len(prepared(*rows, tokenizer=tokenizer, template=PLAIN)) == 1
+    error = capsys.readouterr().err
+    assert "in 1 of 2 records of rows the chat template leaves out the reasoning of turns that are not" in error
+    assert "1 of 2 records of rows cannot be used: dropped; the first is rows, record 2" in error
+
+
 def test_what_is_cut_or_teaches_nothing_is_counted(tokenizer, capsys):
     rows = [PAIR, {**PAIR, "prompt": "owl " * 50}, {**PAIR, "rejected": PAIR["chosen"]}]
     rows.append({**PAIR, "chosen": " owl" * 60})

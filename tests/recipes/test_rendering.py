@@ -121,7 +121,7 @@ OTHERWISE_BY_TRL = {("deepseekv3", "tools"), ("diffusion_gemma", "tools")}
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_CHATS)
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [*STOCK, *sorted(OF_VISION)])
 def test_turns_of_a_template_that_trl_has_no_copy_of_are_learnt_whole(name, kind, tokenizer):
     """Each is one of TRL's with a comment in front: the runs are those of TRL's marked copy."""
     turns, tools, made = KINDS_OF_CHATS[kind], [TOOL] if kind == "tools" else None, []
@@ -129,14 +129,14 @@ def test_turns_of_a_template_that_trl_has_no_copy_of_are_learnt_whole(name, kind
         known = with_template(tokenizer, name)
         known.chat_template = comment + known.chat_template
         try:
-            ids, mask = Renderer(known, marks_assistant=True).render(turns, tools)
+            ids, mask, _ = Renderer(known, marks_assistant=True).render(turns, tools)
         except BadRecordError as error:
             made.append(str(error))
             continue
         row = {"labels": [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]}
         made.append((ids, ["".join(run.split()) for run in targets(row, known)]))
     if isinstance(made[1], str):  # the template knows no system, or no tools
-        assert made[0] == made[1] or name == "lfm2"
+        assert made[0] == made[1]
         return
     (their_ids, theirs), (our_ids, ours) = made
     answers = [turn for turn in turns if turn["role"] == "assistant"]
@@ -189,6 +189,60 @@ def test_stock_templates_carry_calls(name, assistant_only, tokenizer):
     (row,) = made.dataset
     text = tokenizer.decode(row["input_ids"])
     assert {"weather", "Rome", "sunny"} <= set(re.findall(r"\w+", text)), text
+
+
+def thinking(turn):
+    return {**turn, **REASONS}
+
+
+def test_reasoning_that_a_template_leaves_out_is_said(tokenizer, capsys):
+    """Qwen3 drops what was thought before: where that was to be learnt, the record is one that it cannot carry."""
+    tokenizer = with_template(tokenizer, "qwen3")
+    early, last = [CHAT[0], thinking(CHAT[1]), *CHAT[2:]], [*CHAT[:3], thinking(CHAT[3])]
+    made = encoded({"messages": early}, {"messages": last}, tokenizer=tokenizer)
+    assert (made.counts.used, made.counts.bad) == (1, 1)
+    assert "leaves out the reasoning of a turn that is learnt, 'Owls hunt.'" in capsys.readouterr().err
+    pairs = [{"prompt": chat[:3], "completion": chat[3:]} for chat in (early, last)]
+    made = encoded(*pairs, tokenizer=tokenizer)
+    assert (made.counts.used, made.counts.bad, made.counts.without_reasoning) == (2, 0, 1)
+    assert "in 1 of 2 records of rows the chat template leaves out the reasoning of turns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("qwen2_5", thinking(CHAT[1])), ("deepseek_r1_distill", {**CHAT[1], "content": f"<think>Hm.</think>{ANSWER}"})],
+)
+def test_reasoning_that_a_template_ignores_is_no_answer(name, answer, tokenizer):
+    tokenizer = with_template(tokenizer, name)
+    with pytest.raises(RecipeError, match=r"none of the 1 records can be used; .* the reasoning of a turn"):
+        encoded({"messages": [CHAT[0], answer, *CHAT[2:]]}, tokenizer=tokenizer)
+
+
+def test_thought_written_into_the_content_is_carried(tokenizer):
+    tokenizer = with_template(tokenizer, "qwen3")
+    answer = {**CHAT[1], "content": f"<think>Hm.</think>{ANSWER}"}
+    assert encoded({"messages": [CHAT[0], answer]}, tokenizer=tokenizer).counts.used == 1
+
+
+def test_role_and_call_that_a_template_drops_are_said(tokenizer):
+    developer = [{"role": "developer", "content": "Be kind."}, *CHAT]
+    with pytest.raises(RecipeError, match=r"leaves out what the developer says, 'Be kind\.'"):
+        encoded({"messages": developer}, tokenizer=with_template(tokenizer, "glm4moe"))
+    with pytest.raises(RecipeError, match="leaves out the call of 'weather'"):
+        encoded({"messages": CALLS, "tools": [TOOL]}, tokenizer=with_template(tokenizer, "lfm2"), max_length=None)
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+@pytest.mark.parametrize("name", sorted(OF_VISION))
+def test_template_of_contents_in_parts_gets_parts(name, assistant_only, tokenizer):
+    tokenizer = with_template(tokenizer, name)
+    (row,) = encoded({"messages": CHAT}, tokenizer=tokenizer, assistant_only_loss=assistant_only).dataset
+    text = tokenizer.decode(row["input_ids"])
+    assert all(turn["content"] in text for turn in CHAT)
+    if assistant_only:
+        first, second = targets(row, tokenizer)
+        assert first.strip().startswith(ANSWER)
+        assert second.strip().startswith("The goat eats grass.")
 
 
 def test_options_of_the_template_come_with_the_record(tokenizer):
