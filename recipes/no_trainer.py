@@ -82,7 +82,7 @@ def encode(record: dict) -> dict[str, list[int]]:
         ids, is_target = chat["input_ids"], chat.get("assistant_masks", [1] * len(chat["input_ids"]))
     else:
         prompt = tokenizer(record["prompt"])["input_ids"] if "prompt" in record else []
-        text = record["completion" if "prompt" in record else "text"]
+        text = record["completion" if "prompt" in record else "text"].removesuffix(tokenizer.eos_token)
         ids = [*prompt, *tokenizer(text, add_special_tokens=not prompt)["input_ids"], tokenizer.eos_token_id]
         is_target = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
     labels = [token if wanted else IGNORED for token, wanted in zip(ids, is_target, strict=True)]

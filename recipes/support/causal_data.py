@@ -76,12 +76,14 @@ def encode(splits: Splits, groups: tuple[Any, ...], tokenizer: Any) -> dict[str,
     # TRL's default names no column of yours.
     columns["text"] = arguments.dataset_text_field if arguments.dataset_text_field != "text" else None
     encoded = {}
+    # TRL cuts nothing that these pack: what does not fit goes on in the next row.
+    goes_on = arguments.packing and arguments.packing_strategy in ("bfd_split", "wrapped")
     for name, split in splits.items():
         encoded[name] = encoding.encode(
             split,
             tokenizer=tokenizer,
             columns=columns,
-            max_length=_limit(groups),
+            max_length=None if goes_on and name == "train" else _limit(groups),
             assistant_only_loss=arguments.assistant_only_loss,
             completion_only_loss=arguments.completion_only_loss,
             num_proc=arguments.dataset_num_proc,

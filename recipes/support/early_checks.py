@@ -23,6 +23,7 @@ def check(arguments: TrainingArguments) -> None:
     length = getattr(arguments, "max_length", None)
     if length is not None and length < 1:
         raise RecipeError(f"max_length = {length}: must be at least 1.")
+    _check_what_has_no_effect(arguments)
     for name in arguments.report_to:
         if name not in get_available_reporting_integrations():
             raise RecipeError(
@@ -38,6 +39,22 @@ def check(arguments: TrainingArguments) -> None:
             )
         if arguments.metric_for_best_model is None:
             arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+
+
+def _check_what_has_no_effect(arguments: TrainingArguments) -> None:
+    if getattr(arguments, "truncation_mode", "keep_start") == "keep_end":
+        raise RecipeError(
+            "truncation_mode = keep_end: records that are too long lose their end here: raise max_length, or cut them"
+            " before."
+        )
+    if getattr(arguments, "padding_free", False) and not getattr(arguments, "packing", False):
+        raise RecipeError("padding_free = true: only packed rows need no padding: add --packing, or drop it.")
+    if arguments.batch_eval_metrics:
+        raise RecipeError("batch_eval_metrics = true: metrics are taken over all records at once here: drop it.")
+    if str(arguments.lr_scheduler_type.value) == "cosine_with_min_lr" and not arguments.lr_scheduler_kwargs:
+        raise RecipeError(
+            "lr_scheduler_type = cosine_with_min_lr: say how low, by --lr_scheduler_kwargs '{\"min_lr\": 1e-6}'."
+        )
 
 
 def _check_learning_rate(arguments: TrainingArguments) -> None:

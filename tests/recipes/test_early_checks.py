@@ -15,6 +15,10 @@ BAD = {
     "loftq": (["--init_lora_weights=loftq"], "add --load_in_4bit"),
     "pissa": (["--init_lora_weights=pissa", "--load_in_4bit"], "which quantised weights do not take"),
     "length": (["--max_length=0"], "max_length = 0: must be at least 1"),
+    "end": (["--truncation_mode=keep_end"], "truncation_mode = keep_end: records that are too long lose their end"),
+    "padding": (["--padding_free=true"], "padding_free = true: only packed rows"),
+    "metrics": (["--batch_eval_metrics=true"], "batch_eval_metrics = true: metrics are taken over all records"),
+    "how low": (["--lr_scheduler_type=cosine_with_min_lr"], "cosine_with_min_lr: say how low"),
     "no token": (["--eos_token=<|nothing|>"], "eos_token = <|nothing|>: the tokenizer has no such token"),
 }
 

@@ -256,3 +256,17 @@ def test_layers_that_do_not_exist_are_named(sft):
     status, _, error = sft("--dataset_name", "demo", "--lora_target_modules", "wrong_proj")
     assert status == 1
     assert "lora_target_modules = wrong_proj" in error
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("strategy", "keeps"), [("bfd", False), ("bfd_split", True), ("wrapped", True)])
+def test_packing_that_splits_records_loses_no_token(strategy, keeps, sft, tmp_path):
+    """As TRL, which cuts nothing then: https://github.com/huggingface/trl/pull/4632."""
+    path = tmp_path / "long.jsonl"
+    path.write_text((json.dumps({"text": "the owl eats mice and frogs " * 40}) + "\n") * 6)
+    flags = [f"--packing_strategy={strategy}", "--packing", "--max_length=32", "--max_steps=1"]
+    status, output, error = sft(*flags, f"--train_file={path}", "--eval_strategy=no", "--eval_on_start=false")
+    assert status == 0, error
+    assert ("were cut" in error) != keeps
+    (rows,) = re.findall(r"packing: 6 records in (\d+) rows", output)
+    assert (int(rows) > 12) == keeps
