@@ -14,7 +14,7 @@ from recipes.support import early_checks, narrow_weights, reporting, speed
 from recipes.support import resuming as resuming_runs
 from recipes.support.arguments import RunArguments
 from recipes.support.checkpoints import checkpoint_to_resume, wants_resume
-from recipes.support.errors import NothingToDo
+from recipes.support.errors import NothingToDo, RecipeError
 from recipes.support.interruption import Interruption, InterruptionCallback, announce_stop, checkpoint_written
 from recipes.support.models import require_weights
 from recipes.support.output import check_output_directory, metrics_path, naming_a_full_disk, remove_earlier_run
@@ -50,6 +50,11 @@ def check_run(*groups: Any) -> Path | None:
     if run.overwrite and not resuming and output_dir.is_dir() and any(output_dir.iterdir()):
         reporting.announce(f"replacing the run in {output_dir} (overwrite; another --output_dir keeps it)")
     resume_from = checkpoint_to_resume(training)
+    if resume_from and getattr(training, "sync_ref_model", False):
+        raise RecipeError(
+            f"resume_from_checkpoint: {resume_from} holds no reference, which sync_ref_model had moved by then, so the"
+            " run would be another one: start it anew (--overwrite), or resume without sync_ref_model."
+        )
     changed = resuming_runs.compare(output_dir, groups) if resume_from else []
     if resuming_runs.is_finished(output_dir, resume_from, changed):
         raise NothingToDo(

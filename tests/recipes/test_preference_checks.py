@@ -58,3 +58,15 @@ def test_what_there_is_is_what_trl_names(field, known):
 def test_losses_that_take_a_divergence_are_those_that_trl_names():
     listed = DPOConfig.__dataclass_fields__["f_divergence_type"].metadata["help"].partition("difference support")[2]
     assert set(re.findall(r"'([a-z_]+)'", listed)) == set(preference_checks.OF_A_DIFFERENCE)
+
+
+@pytest.mark.long
+def test_a_reference_that_moved_is_not_resumed(dpo):  # noqa: F811
+    """No checkpoint holds it; TRL loads the first one anew: https://github.com/huggingface/trl/pull/1593."""
+    flags = ["--dataset_name=demo", "--max_train_samples=8", "--sync_ref_model", "--save_strategy=steps"]
+    flags += ["--save_steps=1", "--num_sample_generations=0"]
+    status, _, error = dpo(*flags, full=True)
+    assert status == 0, error
+    status, _, error = dpo(*flags, "--resume_from_checkpoint=true", "--max_steps=4", full=True)
+    assert status == 1
+    assert "holds no reference, which sync_ref_model had moved" in error_of(error)
