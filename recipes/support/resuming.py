@@ -1,6 +1,8 @@
 """What a run was started with, kept beside its checkpoints, and how a resumed one differs from it."""
 
 import dataclasses
+import glob
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -26,6 +28,10 @@ _FREE = (
 )
 _FREE += ("push_to_hub", "hub_model_id", "report_to", "logging_steps", "save_total_limit", "run_name", "project")
 
+_FILES, _CONTENTS = ("train_file", "validation_file", "test_file"), "_contents"
+_HASHED = 1 << 26
+"""Bytes at each end of a file."""
+
 
 def settings(groups: tuple[Any, ...]) -> dict[str, Any]:
     """Return every argument by its name, those of the Trainer included, as JSON has it."""
@@ -36,6 +42,7 @@ def settings(groups: tuple[Any, ...]) -> dict[str, Any]:
         if field.init and not field.name.endswith("_token")
     }
     kept = {name: value for name, value in values.items() if name not in _FREE}
+    kept |= {f"{name}{_CONTENTS}": _fingerprint(values[name]) for name in _FILES if values.get(name)}
     read: dict[str, Any] = json.loads(json.dumps(kept, default=str))
     return read
 
@@ -67,7 +74,12 @@ def compare(output_dir: Path, groups: tuple[Any, ...]) -> list[str]:
     for name in [name for name in differing if name in _OF_THE_CHECKPOINT]:
         reporting.warn(f"resuming: {name} is {earlier[name]} in the checkpoint, which stays; {now[name]} is ignored")
         _give_back(groups, name, earlier[name])
-    changed = [name for name in differing if name not in _OF_THE_CHECKPOINT]
+    for name in [name for name in differing if name.endswith(_CONTENTS)]:
+        reporting.warn(
+            f"resuming: {name.removesuffix(_CONTENTS)} does not hold what it held when the run began: the records left"
+            " are others, and in another order, than the run would have seen"
+        )
+    changed = [name for name in differing if name not in _OF_THE_CHECKPOINT and not name.endswith(_CONTENTS)]
     if changed:
         listed = ", ".join(f"{name} {earlier[name]} -> {now[name]}" for name in changed)
         reporting.warn(f"resuming with other arguments than those of the run that is continued: {listed}")
@@ -82,6 +94,20 @@ def is_finished(output_dir: Path, resume_from: Path | None, changed: list[str]) 
         return False
     results = json.loads((output_dir / RESULTS_NAME).read_text(encoding="utf-8"))
     return bool(results.get("steps") == int(resume_from.name.rpartition("-")[2]))
+
+
+def _fingerprint(named: str | list[str]) -> str:
+    """Return a hash of the files that an argument names: of all their bytes, or of a long one's size and its ends."""
+    digest = hashlib.sha256()
+    for pattern in [named] if isinstance(named, str) else named:
+        for path in sorted(filter(os.path.isfile, glob.glob(str(pattern), recursive=True))):
+            size = os.path.getsize(path)
+            digest.update(str(size).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(_HASHED))
+                file.seek(max(size - _HASHED, 0))
+                digest.update(file.read(_HASHED))
+    return digest.hexdigest()[:16]
 
 
 def _give_back(groups: tuple[Any, ...], name: str, value: Any) -> None:

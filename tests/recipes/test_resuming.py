@@ -48,3 +48,19 @@ def test_nothing_is_known_of_another_programs_checkpoint(tmp_path):
     assert resuming.compare(tmp_path, (RunArguments(),)) == []
     (tmp_path / "arguments.json").write_text("{")
     assert resuming.compare(tmp_path, (RunArguments(),)) == []
+
+
+@pytest.mark.long
+def test_a_file_that_changed_is_named(sft, tmp_path):
+    """https://github.com/huggingface/transformers/issues/31044: the records that are left are others."""
+    records, folder = tmp_path / "records.jsonl", tmp_path / "run"
+    lines = [json.dumps({"text": f"the owl eats {count} mice"}) + "\n" for count in range(40)]
+    flags = [f"--output_dir={folder}", f"--train_file={records}", "--save_steps=2", "--eval_strategy=no"]
+    flags += ["--eval_on_start=false", "--resume_from_checkpoint=auto"]
+    for steps, kept, is_said in ((2, 40, False), (4, 40, False), (6, 25, True)):
+        records.write_text("".join(lines[:kept]))
+        status, _, error = sft(f"--max_steps={steps}", *flags)
+        assert status == 0, error
+        assert ("train_file does not hold what it held when the run began" in error) == is_said
+        assert ("other arguments" in error) == (steps > 2)
+        assert "_contents" not in error
